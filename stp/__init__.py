@@ -1,0 +1,1 @@
+"""STP: the protocol, and what devices import."""

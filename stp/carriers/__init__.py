@@ -1,0 +1,1 @@
+"""Carriers: what moves datagrams and time for the core."""

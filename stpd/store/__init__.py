@@ -1,0 +1,1 @@
+"""The store: the only files that know a database."""
