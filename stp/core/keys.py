@@ -1,0 +1,178 @@
+"""The key schedule (protocol §3). Floor 2.
+
+(1) Every secret comes through `expand` with its own label; nothing is used for two purposes.
+(2) `Aead` exposes its parts so that a hot loop can inline the nonce: one call per packet, no more.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable
+from hashlib import sha256
+from typing import Final
+
+from attrs import define
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
+
+from stp.core import packet
+from stp.core.errors import HandshakeRefused, PacketError
+
+EXPORTER_LABEL: Final = b"EXPORTER-stp/1 master"
+MASTER_LENGTH: Final = 32
+SESSION_ID_LENGTH: Final = 16
+NETWORK_KEY_LENGTH: Final = 32
+AES_GCM_SEAL_LIMIT: Final = 1 << 23
+"""Packets sealed with one AES-GCM key (protocol §9)."""
+AES_GCM_FAIL_LIMIT: Final = 1 << 52
+CHACHA_FAIL_LIMIT: Final = 1 << 36
+"""Failed opens per session before AEAD_LIMIT."""
+
+SUITES: Final[dict[str, int]] = {
+    "TLS_AES_128_GCM_SHA256": 16,
+    "TLS_AES_256_GCM_SHA384": 32,
+    "TLS_CHACHA20_POLY1305_SHA256": 32,
+}
+"""TLS suite -> key length in bytes. Any other suite closes."""
+CHACHA: Final = "TLS_CHACHA20_POLY1305_SHA256"
+
+_SALT: Final = sha256(b"STP/1 initial salt").digest()
+
+
+def expand(secret: bytes, label: str, n: int) -> bytes:
+    """HKDF-Expand-SHA256 (RFC 5869 §2.3) with the label form of protocol §3."""
+    name = b"stp1 " + label.encode("ascii")
+    info = n.to_bytes(2, "big") + bytes((len(name),)) + name + b"\x00"
+    out = block = b""
+    counter = 1
+    while len(out) < n:
+        block = hmac.digest(secret, block + info + bytes((counter,)), "sha256")
+        out += block
+        counter += 1
+    return out[:n]
+
+
+def _extract(salt: bytes, ikm: bytes) -> bytes:
+    return hmac.digest(salt, ikm, "sha256")
+
+
+class Aead:
+    """One key and iv. `encrypt` and `decrypt` are the raw cipher calls: (nonce, data, aad)."""
+
+    __slots__ = ("decrypt", "encrypt", "iv_int")
+
+    encrypt: Callable[[bytes, bytes, bytes], bytes]
+    decrypt: Callable[[bytes, bytes, bytes], bytes]
+
+    def __init__(self, key: bytes, iv: bytes, *, chacha: bool = False) -> None:
+        cipher = ChaCha20Poly1305(key) if chacha else AESGCM(key)
+        self.encrypt = cipher.encrypt
+        self.decrypt = cipher.decrypt
+        self.iv_int = int.from_bytes(iv, "big")
+
+    def seal(self, pn: int, plaintext: bytes, aad: bytes) -> bytes:
+        """Ciphertext and tag."""
+        return self.encrypt((self.iv_int ^ pn).to_bytes(12, "big"), plaintext, aad)
+
+    def open(self, pn: int, sealed: bytes, aad: bytes) -> bytes:
+        """Raises PacketError if it does not open."""
+        try:
+            return self.decrypt((self.iv_int ^ pn).to_bytes(12, "big"), sealed, aad)
+        except InvalidTag:
+            raise PacketError("does not open") from None
+
+
+@define
+class InitialKeys:
+    """Keys of INIT packets: integrity against chance and blind injection, not secrecy."""
+
+    client: Aead
+    server: Aead
+    retry_key: bytes
+
+
+def initial_keys(dcid: bytes, network_key: bytes = b"") -> InitialKeys:
+    """Keys from the DCID of a client's first INIT, or of its first INIT after a Retry."""
+    initial = _extract(_extract(_SALT, network_key), packet.VERSION_BYTES + dcid)
+    client, server = expand(initial, "client in", 32), expand(initial, "server in", 32)
+    return InitialKeys(
+        client=Aead(expand(client, "key", 16), expand(client, "iv", 12)),
+        server=Aead(expand(server, "key", 16), expand(server, "iv", 12)),
+        retry_key=expand(initial, "retry", 16),
+    )
+
+
+def context(hc: bytes, hs: bytes, server_der: bytes, client_der: bytes) -> bytes:
+    """What binds the exporter to both hellos (as sent) and both leaf certificates."""
+    return sha256(
+        b"stp/1 context"
+        + packet.VERSION_BYTES
+        + len(hc).to_bytes(2, "big")
+        + hc
+        + len(hs).to_bytes(2, "big")
+        + hs
+        + sha256(server_der).digest()
+        + sha256(client_der).digest()
+    ).digest()
+
+
+def whitener(secret: bytes, cid: bytes) -> int:
+    """`w` of protocol §2. `secret` is x_0 of the packet's sender; w does not change with key updates."""
+    return packet.whitener(expand(secret, "pn", 32), cid)
+
+
+@define
+class DirectionKeys:
+    """One direction's secret of the current phase, with what is made from it."""
+
+    secret: bytes
+    suite: str
+    aead: Aead
+
+    @classmethod
+    def derive(cls, secret: bytes, suite: str) -> DirectionKeys:
+        """Raises HandshakeRefused for a suite that STP does not use."""
+        length = SUITES.get(suite)
+        if length is None:
+            raise HandshakeRefused(f"cipher suite {suite} is not one of STP's")
+        aead = Aead(expand(secret, "key", length), expand(secret, "iv", 12), chacha=suite == CHACHA)
+        return cls(secret=secret, suite=suite, aead=aead)
+
+    def next(self) -> DirectionKeys:
+        """The keys after one key update."""
+        return DirectionKeys.derive(expand(self.secret, "ku", 32), self.suite)
+
+
+@define
+class SessionKeys:
+    """What a handshake leaves behind: both directions at phase 0, their pn keys, the session id."""
+
+    suite: str
+    client: DirectionKeys
+    server: DirectionKeys
+    client_pn_key: bytes
+    server_pn_key: bytes
+    session_id: bytes
+
+    @classmethod
+    def derive(cls, master: bytes, suite: str) -> SessionKeys:
+        """`master` is the exporter's output; `suite` the TLS name of the cipher suite."""
+        c_ap, s_ap = expand(master, "c ap", 32), expand(master, "s ap", 32)
+        return cls(
+            suite=suite,
+            client=DirectionKeys.derive(c_ap, suite),
+            server=DirectionKeys.derive(s_ap, suite),
+            client_pn_key=expand(c_ap, "pn", 32),
+            server_pn_key=expand(s_ap, "pn", 32),
+            session_id=expand(master, "sid", SESSION_ID_LENGTH),
+        )
+
+    @property
+    def fail_limit(self) -> int:
+        """Failed opens after which the session closes with AEAD_LIMIT."""
+        return CHACHA_FAIL_LIMIT if self.suite == CHACHA else AES_GCM_FAIL_LIMIT
+
+    @property
+    def seal_limit(self) -> int | None:
+        """Packets one key may seal; None where the limit is out of reach."""
+        return None if self.suite == CHACHA else AES_GCM_SEAL_LIMIT
