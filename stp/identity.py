@@ -1,13 +1,13 @@
 """Who this node is: key, certificate chain, anchors, network keys, and the time certificates are judged by.
 
-One PEM bundle, or several files read as one: the private key, the leaf (the certificate that matches the key),
-intermediates, anchors (self-signed), up to two ``STP NETWORK KEY`` blocks (32 bytes; the first is used to send) and
-at most one ``STP UPSTREAM`` block (JSON: node, url, time). Unknown blocks are ignored.
+One PEM bundle, or several files read as one: the private key, the leaf (the certificate that matches it),
+intermediates, anchors (self-signed), up to two ``STP NETWORK KEY`` blocks (32 bytes; the first is used to
+send) and at most one ``STP UPSTREAM`` block (JSON: node, url, time). Unknown blocks are ignored.
 
 (1) Whatever is wrong with a bundle is an IdentityError: it names the file, the cause and what to do.
-(2) The verification time is never below the floor, so a machine that starts in 1970 accepts certificates made since
-    (protocol §4). It is never above the own notAfter - 1 s where the kernel calls its clock unsynchronised.
-(3) The floor only rises, and never past the own notAfter - 1 s: no peer's clock can lock this node out for good.
+(2) The verification time is never below the floor, so a machine that starts in 1970 accepts certificates made
+    since (protocol §4); nor above the own notAfter - 1 s where the kernel calls its clock unsynchronised.
+(3) The floor only rises, and it counts up to the own notAfter - 1 s: no peer's clock locks this node out.
 (4) Secrets do not appear in repr().
 """
 
@@ -317,7 +317,8 @@ def upstream_pem(upstream: Upstream) -> str:
 def check_node_name(name: str) -> None:
     """Lower-case letters, digits, dot, dash and underscore, at most 63, first and last a letter or digit.
 
-    Narrower than what a certificate may say: names stand in topics, URLs and file names. Raises IdentityError.
+    Narrower than what a certificate may say: names stand in topics, URLs and file names.
+    Raises IdentityError.
     """
     if not _NODE_NAME.fullmatch(name):
         raise IdentityError(
@@ -382,8 +383,8 @@ class _Timex(ctypes.Structure):
 def kernel_synchronised() -> bool:
     """Whether something disciplines the system clock. False where nobody can say.
 
-    The shipped units forbid adjtimex(2) with the rest of the clock calls; there the mark of systemd-timesyncd decides.
-    False costs little: it only keeps the verification time below the own notAfter.
+    The shipped units forbid adjtimex(2) with the rest of the clock calls; there the mark of systemd-timesyncd
+    decides. False costs little: it only keeps the verification time below the own notAfter.
     """
     if os.path.exists(_SYNCHRONISED_MARK):
         return True
@@ -415,7 +416,7 @@ def verification_time(*, clock: float, floor: float, synchronised: bool, not_aft
 
 
 class TimeFloor:
-    """The latest time known to have passed: package build, own notBefore, hub times heard (kept in a file)."""
+    """The latest time known to have passed: the package's build, or a hub's time heard and kept in a file."""
 
     def __init__(self, path: str | Path | None = None, *, build_time: float = BUILD_TIME) -> None:
         self._path = Path(path) if path is not None else None
@@ -440,7 +441,10 @@ class TimeFloor:
         return max(self._build_time, self._heard)
 
     def heard(self, unix_s: float) -> None:
-        """An authenticated upstream says what time it is. Written at most once per hour of progress; may block for it."""
+        """An authenticated upstream says what time it is.
+
+        Written, and waited for, at most once per hour of progress.
+        """
         if not math.isfinite(unix_s) or unix_s <= self._heard:
             return
         self._heard = unix_s
@@ -455,7 +459,7 @@ class TimeFloor:
 
 
 class ContextCache:
-    """Hands out TLS contexts whose verification time is right: a fresh one per dial, a listener's for 60 s."""
+    """Hands out TLS contexts whose verification time is right: fresh for a dial, kept 60 s for a listener."""
 
     def __init__(
         self,
@@ -489,7 +493,7 @@ class ContextCache:
         )
 
     def tls(self, server: bool) -> SSL.Context:
-        """A context for one handshake. For `EndpointConfig.tls`."""
+        """A context for one handshake; what `EndpointConfig.tls` asks for."""
         if not server:
             return self._make(server=False)
         now = self._monotonic()
