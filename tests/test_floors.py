@@ -193,7 +193,7 @@ def test_sans_io_stays_sans_io() -> None:
 
 
 def test_sans_io_reads_no_clock() -> None:
-    """(2) datetime and os may be imported for types and constants, but asked neither the time nor for bytes."""
+    """(2) datetime and os may be imported for types and constants, not asked the time or for bytes."""
     asks = {
         ("datetime", "now"),
         ("datetime", "utcnow"),
