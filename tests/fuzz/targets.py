@@ -1,0 +1,15 @@
+"""Every door for untrusted bytes, by name. A target is made when it is needed: some hold a handshake."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from tests.fuzz import targets_packets
+from tests.fuzz.engine import Target
+
+TARGETS: Final[dict[str, Callable[[], Target]]] = {
+    "headers": targets_packets.headers,
+    "hello": targets_packets.hello,
+    "frames": targets_packets.frame_codec,
+}
