@@ -39,11 +39,11 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.records stp.control",
     "stp.link",
     # -- stp: what touches the machine, and the front doors
-    "stp.identity stp.carriers.udp",
+    "stp.identity stp.pinned stp.carriers.udp",
     "stp.enrol stp.client",
     "stp.cli",
     # -- stpd
-    "stpd.status stpd.pki stpd.logs",
+    "stpd.status stpd.pki stpd.logs stpd.notify",
     "stpd.config stpd.metrics stpd.keys stpd.ledger",
     "stpd.access stpd.limits stpd.router stpd.enrol",
     "stpd.store.base",
@@ -51,7 +51,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stpd.hops stpd.relay",
     "stpd.sessions stpd.uplink",
     "stpd.api stpd.probes stpd.setup",
-    "stpd.daemon",
+    "stpd.daemon stpd.setup_cli",
     "stpd.__main__",
     # -- stpctl
     "stpctl.client stpctl.render stpctl.errors",
