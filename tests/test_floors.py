@@ -26,9 +26,10 @@ FLOORS: Final[tuple[str, ...]] = (
     # -- stp/core: bytes and time in; bytes, events and a deadline out
     "stp.core.errors stp.core.ranges",
     "stp.core.wire",
-    "stp.core.packet stp.core.frames stp.core.params stp.core.keys",
+    "stp.core.packet stp.core.frames",
+    "stp.core.params stp.core.keys stp.core.crypto_stream",
     "stp.core.tokens stp.core.handshake stp.core.acks stp.core.congestion stp.core.flow stp.core.path",
-    "stp.core.recovery",
+    "stp.core.initspace stp.core.recovery",
     "stp.core.events stp.core.streams",
     "stp.core.packetizer",
     "stp.core.session",

@@ -1,4 +1,4 @@
-"""Error codes and exceptions of STP (protocol §9). Floor 0.
+"""Error codes and exceptions of STP (protocol §9).
 
 An exception says who is to blame: `UsageError` the caller, `ProtocolError` the peer (the session closes with
 its code), `PacketError` nobody we could name (the packet is dropped in silence and counted).

@@ -1,4 +1,4 @@
-"""The frame codec (protocol §5). Floor 1.
+"""The frame codec (protocol §5).
 
 (1) `decode` of any bytes gives frames or raises FrameEncodingError.
 (2) `encode` of a decoded frame gives the bytes it came from, padding apart.
@@ -59,7 +59,9 @@ ACK_HEAD: Final = Struct("!BQIIH")  # type, largest, delay_us, first_length, n
 ACK_HEAD_SIZE: Final = ACK_HEAD.size
 ACK_RANGE_SIZE: Final = 8
 
-_CRYPTO: Final = Struct("!BIH")
+CRYPTO_HEAD: Final = Struct("!BIH")  # type, offset, length
+CRYPTO_HEAD_SIZE: Final = CRYPTO_HEAD.size
+
 _RESET_STREAM: Final = Struct("!BIHQ")
 _STOP_SENDING: Final = Struct("!BIH")
 _U64: Final = Struct("!BQ")
@@ -107,7 +109,7 @@ class Crypto:
     data: bytes
 
     def encode(self) -> bytes:
-        return _CRYPTO.pack(CRYPTO, self.offset, len(self.data)) + self.data
+        return CRYPTO_HEAD.pack(CRYPTO, self.offset, len(self.data)) + self.data
 
 
 @define
@@ -366,8 +368,8 @@ def _variable(data: bytes, pos: int, kind: int) -> tuple[Frame, int]:
         delay_us, ranges, end = parse_ack(data, pos)
         return Ack(delay_us, ranges), end
     if kind == CRYPTO:
-        _, offset, length = _CRYPTO.unpack_from(data, pos)
-        chunk, end = _sized(data, pos + _CRYPTO.size, length)
+        _, offset, length = CRYPTO_HEAD.unpack_from(data, pos)
+        chunk, end = _sized(data, pos + CRYPTO_HEAD.size, length)
         return Crypto(offset, chunk), end
     if kind == NEW_TOKEN:
         _, length = _U16.unpack_from(data, pos)

@@ -1,22 +1,44 @@
-"""TLS contexts, peer identities and the handshake as ordered bytes (protocol §4). Interface first; see initspace.py."""
+"""TLS contexts, peer identities, and the handshake as two streams of ordered bytes (protocol §4).
+
+(1) TLS sees only bytes in order that the carrier has authenticated; both hellos are checked before any of it.
+(2) The dialling side compares the node name, the listening side asks `authorise`, both before keys exist.
+(3) What TLS produces after its handshake is never sent, except the alert of a refusal.
+(4) At most 16 KiB are read; a hello is at most 1,024 bytes.
+(5) No Python callback is given to OpenSSL: those need writable-executable memory.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import Final, TypeAlias
 
 from attrs import define
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, load_der_private_key
+from OpenSSL import SSL, _util, crypto
 
-from stp.core.keys import SessionKeys
-from stp.core.params import TransportHello
+from stp.core.errors import HandshakeRefused, LimitError, ProtocolError
+from stp.core.keys import EXPORTER_LABEL, MASTER_LENGTH, SessionKeys, context
+from stp.core.packet import VERSION
+from stp.core.params import MAX_HELLO, TransportHello
 
-if TYPE_CHECKING:
-    from OpenSSL import SSL
+MAX_HANDSHAKE: Final = 16 * 1024
+"""Bytes of one side's handshake stream, hello included."""
+MAX_CHAIN_DEPTH: Final = 10
+"""Certificates between a leaf and its anchor."""
+
+_AES_FIRST: Final = b"TLS_AES_128_GCM_SHA256:TLS_CHACHA20_POLY1305_SHA256:TLS_AES_256_GCM_SHA384"
+_CHACHA_FIRST: Final = b"TLS_CHACHA20_POLY1305_SHA256:TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384"
+_BIO_READ: Final = 64 * 1024
+_IDENTITY: Final = re.compile(r"stp://([^/?#@%+\s\x00-\x1f]{1,253})/([^/?#@%+\s\x00-\x1f]{1,128})")
 
 
 @define
 class TlsCredentials:
+    """Who we are and whom we trust, in DER. `chain_der` has the leaf first; `key_der` is PKCS #8."""
+
     chain_der: tuple[bytes, ...]
     key_der: bytes
     anchors_der: tuple[bytes, ...]
@@ -24,6 +46,12 @@ class TlsCredentials:
 
 @define
 class TlsSettings:
+    """What a context is made from.
+
+    `verify_time`: the moment certificates are judged at (aware); None: the system clock's.
+    `aes_preferred`: False where the CPU has no AES instructions: ChaCha20 is offered first.
+    """
+
     credentials: TlsCredentials
     verify_time: datetime | None = None
     aes_preferred: bool = True
@@ -31,6 +59,8 @@ class TlsSettings:
 
 @define
 class PeerIdentity:
+    """Whom the verified leaf certificate names. `chain_der`: the verified chain, leaf first."""
+
     domain: str
     node: str
     leaf_der: bytes
@@ -39,20 +69,266 @@ class PeerIdentity:
     chain_der: tuple[bytes, ...]
 
 
+Authorise: TypeAlias = Callable[[PeerIdentity], str | None]
+"""None: welcome. Else the reason for the refusal, ≤ 64 bytes of which reach the peer."""
+
+
 @define
 class HandshakeResult:
+    """What a finished handshake leaves behind; TLS itself can go."""
+
     peer: PeerIdentity
     suite: str
+    master: bytes
     keys: SessionKeys
     hello: TransportHello
 
 
 def identity_of(leaf_der: bytes) -> tuple[str, str]:
-    raise NotImplementedError
+    """(domain, node) from the URI SAN `stp://<domain>/<node>`. HandshakeRefused unless there is just one."""
+    return _identity(x509.load_der_x509_certificate(leaf_der))
+
+
+def _identity(leaf: x509.Certificate) -> tuple[str, str]:
+    try:
+        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        raise HandshakeRefused("certificate names no node: no subject alternative name") from None
+    except ValueError:
+        raise HandshakeRefused("certificate cannot be read") from None
+    uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    found = [m for m in map(_IDENTITY.fullmatch, uris) if m]
+    if len(found) != 1:
+        raise HandshakeRefused(f"certificate names {len(found)} nodes as stp://<domain>/<node>, not one")
+    return found[0].group(1), found[0].group(2)
 
 
 def make_context(settings: TlsSettings, server: bool) -> SSL.Context:
-    raise NotImplementedError
+    """A context by the rules of protocol §4.
+
+    Raises HandshakeRefused with a reason for people if the credentials cannot be used.
+    """
+    made = SSL.Context(SSL.TLS_SERVER_METHOD if server else SSL.TLS_CLIENT_METHOD)
+    made.set_min_proto_version(SSL.TLS1_3_VERSION)
+    made.set_max_proto_version(SSL.TLS1_3_VERSION)
+    made.set_tls13_ciphersuites(_AES_FIRST if settings.aes_preferred else _CHACHA_FIRST)
+    made.set_options(SSL.OP_NO_TICKET)
+    made.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    made.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT)
+    made.set_verify_depth(MAX_CHAIN_DEPTH)
+    credentials = settings.credentials
+    try:
+        chain = [x509.load_der_x509_certificate(der) for der in credentials.chain_der]
+        made.use_certificate(chain[0])
+        made.use_privatekey(load_der_private_key(credentials.key_der, None))  # type: ignore[arg-type]
+        for link in chain[1:]:
+            made.add_extra_chain_cert(link)
+        made.check_privatekey()
+        store = made.get_cert_store()
+        assert store is not None
+        for der in credentials.anchors_der:
+            store.add_cert(crypto.X509.from_cryptography(x509.load_der_x509_certificate(der)))
+    except (SSL.Error, crypto.Error, ValueError, TypeError, IndexError) as exc:
+        raise HandshakeRefused(f"own credentials cannot be used: {exc}") from exc
+    if settings.verify_time is not None:
+        store.set_time(settings.verify_time)
+    return made
 
 
-Authorise = Callable[[PeerIdentity], "str | None"]
+class Handshake:
+    """One side of the handshake: ordered bytes in, ordered bytes out. Carriers differ, this does not.
+
+    `check_hello` raises ProtocolError if the peer's hello does not fit (echoes); `check_peer` gives a reason
+    to refuse the verified peer, or None. Both are asked before keys are derived.
+    """
+
+    def __init__(
+        self,
+        tls_context: SSL.Context,
+        leaf_der: bytes,
+        *,
+        dialling: bool,
+        hello: TransportHello,
+        check_hello: Callable[[TransportHello], None],
+        check_peer: Authorise,
+    ) -> None:
+        self._tls = SSL.Connection(tls_context, None)
+        self._dialling = dialling
+        self._leaf_der = leaf_der
+        self._hello = hello.encode()
+        self._check_hello = check_hello
+        self._check_peer = check_peer
+        self._buffer = b""
+        self._received = 0
+        self._peer_hello_raw: bytes | None = None
+        self._out: list[bytes] = []
+        self._shaken = False
+        self.peer_hello: TransportHello | None = None
+        self.peer: PeerIdentity | None = None
+        self.result: HandshakeResult | None = None
+        if dialling:
+            self._tls.set_connect_state()
+            self._drive()
+        else:
+            self._tls.set_accept_state()
+
+    def hello_block(self) -> bytes:
+        """The first bytes of our stream: the hello behind its length."""
+        return len(self._hello).to_bytes(2, "big") + self._hello
+
+    def replace_hello(self, hello: TransportHello) -> None:
+        """After a Retry: the hello that counts is the new one (protocol §4)."""
+        self._hello = hello.encode()
+
+    def take_tls(self) -> bytes:
+        """TLS bytes to be sent after what was taken before; the hello block goes in front of the first."""
+        out, self._out = b"".join(self._out), []
+        return out
+
+    def receive(self, data: bytes) -> None:
+        """The next bytes of the peer's stream.
+
+        Raises ProtocolError for a hello that is wrong, LimitError beyond 16 KiB, HandshakeRefused when one
+        side refuses the other: then `take_tls` may hold an alert for the peer.
+        """
+        self._received += len(data)
+        if self._received > MAX_HANDSHAKE:
+            raise LimitError(f"handshake of more than {MAX_HANDSHAKE} bytes")
+        if self.peer_hello is None:
+            self._buffer += data
+            data = self._read_hello()
+        if data:
+            self._tls.bio_write(data)
+            self._drive()
+
+    def _read_hello(self) -> bytes:
+        """Reads the hello once it is complete; gives the TLS bytes behind it."""
+        if len(self._buffer) < 2:
+            return b""
+        end = 2 + int.from_bytes(self._buffer[:2], "big")
+        if end > 2 + MAX_HELLO:
+            raise LimitError(f"hello of {end - 2} bytes, at most {MAX_HELLO}")
+        if len(self._buffer) < end:
+            return b""
+        raw, rest = self._buffer[2:end], self._buffer[end:]
+        hello = TransportHello.decode(raw)
+        if hello.versions[0] != VERSION:
+            raise ProtocolError(f"peer chose version {hello.versions[0]:#010x}")
+        self._check_hello(hello)
+        self.peer_hello, self._peer_hello_raw, self._buffer = hello, raw, b""
+        return rest
+
+    def _drive(self) -> None:
+        if self._shaken:
+            self._read_verdict()
+            return
+        try:
+            self._tls.do_handshake()
+        except SSL.WantReadError:
+            self._collect()
+            return
+        except SSL.Error as exc:
+            self._collect()
+            raise HandshakeRefused(self._verify_problem() or explain(exc)) from exc
+        self._shaken = True
+        if self._dialling:
+            # Our Finished would make us a peer in the listener's eyes: judge it before it leaves.
+            flight = self._bio()
+            self._finish()
+            self._out.append(flight)
+            self._read_verdict()
+        else:
+            self._bio()  # session tickets, if any: never sent
+            self._finish()
+
+    def _verify_problem(self) -> str:
+        """Why OpenSSL does not accept the peer's chain; "" where it did or cannot say."""
+        try:
+            lib, ffi = _util.lib, _util.ffi
+            verdict = lib.SSL_get_verify_result(self._tls._ssl)
+            if verdict == lib.X509_V_OK:
+                return ""
+            words = ffi.string(lib.X509_verify_cert_error_string(verdict)).decode()
+            return f"untrusted certificate: {words}"
+        except AttributeError:  # pragma: no cover - pyOpenSSL promises none of these names
+            return ""
+
+    def _read_verdict(self) -> None:
+        """After the handshake TLS can only tell us of an alert: the listener's refusal."""
+        try:
+            self._tls.recv(1)
+        except SSL.WantReadError:
+            return
+        except SSL.ZeroReturnError:
+            raise HandshakeRefused("refused by the peer") from None
+        except SSL.Error as exc:
+            raise HandshakeRefused(explain(exc)) from exc
+        raise ProtocolError("application data inside the handshake")
+
+    def _finish(self) -> None:
+        """TLS is content; we judge and derive (protocol §3, §4)."""
+        leaf = self._tls.get_peer_certificate(as_cryptography=True)
+        chain = self._tls.get_verified_chain(as_cryptography=True)
+        if leaf is None or chain is None:
+            raise HandshakeRefused("peer shows no certificate")
+        domain, node = _identity(leaf)
+        leaf_der = leaf.public_bytes(Encoding.DER)
+        self.peer = PeerIdentity(
+            domain=domain,
+            node=node,
+            leaf_der=leaf_der,
+            serial=leaf.serial_number,
+            not_after=leaf.not_valid_after_utc,
+            chain_der=(leaf_der, *(c.public_bytes(Encoding.DER) for c in chain[1:])),
+        )
+        reason = self._check_peer(self.peer)
+        if reason is not None:
+            self._say_goodbye()
+            raise HandshakeRefused(reason)
+        self._derive(leaf_der, self.peer)
+
+    def _say_goodbye(self) -> None:
+        """A close_notify under TLS keys: the refusal that a dialling peer can trust. A dialler sends none."""
+        if self._dialling:
+            return
+        try:
+            self._tls.shutdown()
+        except SSL.Error:  # pragma: no cover - the alert is a courtesy
+            return
+        self._collect()
+
+    def _derive(self, peer_leaf: bytes, peer: PeerIdentity) -> None:
+        suite = self._tls.get_cipher_name() or ""
+        assert self._peer_hello_raw is not None
+        assert self.peer_hello is not None
+        mine, theirs = (self._hello, self._leaf_der), (self._peer_hello_raw, peer_leaf)
+        (hc, client_der), (hs, server_der) = (mine, theirs) if self._dialling else (theirs, mine)
+        bound = context(hc, hs, server_der, client_der)
+        master = self._tls.export_keying_material(EXPORTER_LABEL, MASTER_LENGTH, bound)
+        self.result = HandshakeResult(
+            peer=peer,
+            suite=suite,
+            master=master,
+            keys=SessionKeys.derive(master, suite),
+            hello=self.peer_hello,
+        )
+
+    def _bio(self) -> bytes:
+        try:
+            return self._tls.bio_read(_BIO_READ)
+        except SSL.WantReadError:
+            return b""
+
+    def _collect(self) -> None:
+        data = self._bio()
+        if data:
+            self._out.append(data)
+
+
+def explain(exc: SSL.Error) -> str:
+    """OpenSSL's words for people; who reads them must not branch on them."""
+    reasons = [str(entry[-1]) for entry in (exc.args[0] if exc.args and exc.args[0] else ())]
+    text = reasons[0] if reasons else "TLS failed"
+    if "alert" in text:
+        return f"refused by the peer: {text.split('alert', 1)[1].strip() or text}"
+    return text

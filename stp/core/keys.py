@@ -1,4 +1,4 @@
-"""The key schedule (protocol §3). Floor 2.
+"""The key schedule (protocol §3).
 
 (1) Every secret comes through `expand` with its own label; nothing is used for two purposes.
 (2) `Aead` exposes its parts so that a hot loop can inline the nonce: one call per packet, no more.

@@ -1,4 +1,4 @@
-"""Packet headers (protocol §2) and the tokens in them (§4, §8). Floor 1.
+"""Packet headers (protocol §2) and the tokens in them (§4, §8).
 
 (1) Nothing here answers: a datagram is a packet of ours or raises `PacketError`.
 (2) Parsing costs a few slices; whether a packet is genuine is for the AEAD or the tag to say.

@@ -1,4 +1,4 @@
-"""Hello blobs and transport parameters (protocol §4). Floor 1.
+"""Hello blobs and transport parameters (protocol §4).
 
 TLVs `u8 type | u16 length | value` in strictly ascending order. Unknown types are ignored.
 """

@@ -1,4 +1,4 @@
-"""Sets of whole numbers kept as half-open ranges. Floor 0.
+"""Sets of whole numbers kept as half-open ranges.
 
 (1) Ranges are ascending, never empty, never touch.
 (2) Adding at or above the top costs O(1): packet numbers come that way.

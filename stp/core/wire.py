@@ -1,4 +1,4 @@
-"""The one door for untrusted bytes. Floor 0.
+"""The one door for untrusted bytes.
 
 Every read is checked against what is left; whatever comes, the only exception is `FrameEncodingError`.
 """
