@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from tests.fuzz import targets_packets
+from tests.fuzz import targets_messages, targets_packets
 from tests.fuzz.engine import Target
 
 TARGETS: Final[dict[str, Callable[[], Target]]] = {
     "headers": targets_packets.headers,
     "hello": targets_packets.hello,
     "frames": targets_packets.frame_codec,
+    "topics": targets_messages.topics,
+    "batches": targets_messages.batches,
+    "records": targets_messages.records,
+    "lane": targets_messages.lane,
+    "control": targets_messages.control,
 }
