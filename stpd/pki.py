@@ -1,11 +1,12 @@
 """The fleet's own certificate authority: ECDSA P-256, one key, no intermediates.
 
-(1) What may be in a certificate is decided here. Of a request only its public key is taken, after it has proved that
-    it holds the private one.
+(1) What may be in a certificate is decided here. Of a request only its public key is taken, after it has
+    proved that it holds the private one.
 (2) A device may only dial: its certificate is for clients. Gateways and hubs dial and answer.
-(3) Certificates begin when their CA began. A machine whose clock has stopped judges peers by a time that is right or
-    too early, never by the true one; a late notBefore would shut it out and protects nobody.
-(4) Operators' certificates bear `stp-operator://…` and pass for no node; nodes' bear `stp://…` and pass for no operator.
+(3) Certificates begin when their CA began. A machine whose clock stood still judges its peers by a time that
+    is early, perhaps by months; a late notBefore would shut it out and protects nobody.
+(4) Operators' certificates bear stp-operator://… and pass for no node, nodes' bear stp://… and pass for
+    no operator.
 """
 
 from __future__ import annotations
