@@ -38,6 +38,8 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.topics",
     "stp.batch",
     "stp.records stp.control",
+    "stp.link_events stp.lanes stp.sources",
+    "stp.receiving",
     "stp.link",
     # -- stp: what touches the machine, and the front doors
     "stp.identity stp.pinned stp.carriers.udp",
