@@ -14,7 +14,7 @@ from typing import Final, Protocol
 from attrs import define, field
 
 from stp.batch import open_batch
-from stp.records import KIND_VOID, RecordHead, batches_of
+from stp.records import VOID, RecordHead, batches_of
 from stp.topics import Decision, FilterSet
 
 PREFIX_MEMO_LIMIT: Final = 4_096
@@ -66,6 +66,7 @@ class Grant:
     """What one node may do, compiled from the rules that name it."""
 
     node: str
+    role: str | None
     rules: tuple[str, ...]
     publish: FilterSet
     subscribe: tuple[str, ...]
@@ -74,7 +75,7 @@ class Grant:
 
     def refusal_to_publish(self, record: bytes, head: RecordHead) -> str | None:
         """None when the whole record may pass, else the reason, naming the rules asked. A void carries nothing."""
-        if head.kind == KIND_VOID:
+        if head.kind == VOID:
             return None
         decision = self._decide(head.prefix)
         if decision is Decision.ALL:
@@ -128,36 +129,28 @@ class Access:
         self,
         rules: Sequence[Rule],
         *,
-        open_by_default: bool = False,
         role_of: Callable[[str], str | None] = lambda node: None,
     ) -> None:
-        """*open_by_default*: a node that no rule names may do everything (an edge gateway among its own devices)."""
+        """*role_of* tells the role a node was enrolled with, from this node's own register (3)."""
         self._rules = tuple(rules)
-        self._open = open_by_default
         self._role_of = role_of
         self._grants: dict[str, Grant] = {}
 
     def grant(self, node: str) -> Grant:
         """The compiled grant of *node* (its certificate's name)."""
         known = self._grants.get(node)
-        if known is None:
+        role = self._role_of(node)
+        if known is None or known.role != role:
             if len(self._grants) >= GRANT_LIMIT:
                 self._grants.clear()
-            known = self._grants[node] = self._compile(node)
+            known = self._grants[node] = self._compile(node, role)
         return known
 
-    def forget(self) -> None:
-        """A node's role changed: compile again when asked."""
-        self._grants.clear()
-
-    def _compile(self, node: str) -> Grant:
-        role = self._role_of(node)
+    def _compile(self, node: str, role: str | None) -> Grant:
         mine = [rule for rule in self._rules if _names(rule, node, role)]
-        if not mine and self._open and not self._rules:
-            everything = ("#", "$inbox/#")
-            return Grant(node, ("open",), FilterSet(everything), everything, ())
         return Grant(
             node,
+            role,
             tuple(rule.name for rule in mine),
             FilterSet([_own(one, node) for rule in mine for one in rule.publish]),
             tuple(_own(one, node) for rule in mine for one in rule.subscribe),

@@ -20,7 +20,7 @@ from attrs import define, field
 from stp.batch import open_batch, read_batch_head
 from stp.link import Link
 from stp.records import (
-    KIND_VOID,
+    VOID,
     RecordHead,
     RefusedCode,
     VoidReason,
@@ -212,7 +212,7 @@ class Feed:
 
     def _send(self, lane: int, state: LaneState, item: Stored) -> None:
         """One record on its way, whole or in part; or skipped, and counted by reason."""
-        if item.kind == KIND_VOID:
+        if item.kind == VOID:
             self._send_void(lane, state, item)
             return
         record = item.record

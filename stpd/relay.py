@@ -19,7 +19,7 @@ from attrs import define, evolve
 
 from stp.core.errors import MessageError
 from stp.link import Link, RecordReceived, RecordRejected
-from stp.records import KIND_VOID, RecordHead, RefusedCode, batches_of, regroup
+from stp.records import VOID, RecordHead, RefusedCode, regroup
 from stpd.access import Grant
 from stpd.hops import Feed
 from stpd.router import LANES, Classes, MessageClass
@@ -121,7 +121,7 @@ class Relay:
         if refusal is not None:
             self._refuse(door, event, klass, *refusal)
             return
-        if klass.memory and head.kind != KIND_VOID:
+        if klass.memory and head.kind != VOID:
             self._pass_on(door, event, klass)
             return
         self.store.append(
