@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -77,8 +77,6 @@ class Peer:
     door: Door | None = None
     feeds: dict[str, Feed] = field(factory=dict)
     live: dict[str, Subscribe] = field(factory=dict)
-    reported: dict[str, Any] = field(factory=dict)
-    reported_ms: int = 0
 
     @property
     def session(self) -> Session:
@@ -88,6 +86,36 @@ class Peer:
     def node(self) -> str:
         identity = self.session.peer
         return identity.node if identity is not None else ""
+
+
+@define
+class Report:
+    """A peer's STATUS, as far as we understand it. Ages in seconds."""
+
+    at_ms: int
+    messages: int = 0
+    bytes: int = 0
+    oldest_age_s: float = 0.0
+    cause: str = ""
+    unexplained: int = 0
+
+
+def read_report(fields: Mapping[str, Any], at_ms: int) -> Report:
+    """Numbers where numbers should be, else 0: the inside of STATUS is free (protocol §10)."""
+
+    def number(key: str) -> float:
+        value = fields.get(key, 0)
+        return value if isinstance(value, int | float) and 0 <= value < 2**63 else 0
+
+    cause = fields.get("cause", "")
+    return Report(
+        at_ms,
+        int(number("messages")),
+        int(number("bytes")),
+        float(number("oldest_age_s")),
+        cause[:200] if isinstance(cause, str) else "",
+        int(number("unexplained")),
+    )
 
 
 @define
@@ -121,6 +149,8 @@ class Sessions:
     ) -> None:
         self.peers: dict[int, Peer] = {}
         self.edges_seen_ms: dict[str, int] = {}
+        self.reports: dict[str, Report] = {}
+        """What each edge last said of its own backlog."""
         self.stats = SessionsStatistics()
         self._relay = relay
         self._store = store
@@ -214,7 +244,7 @@ class Sessions:
                 if peer.upstream is not None:
                     peer.upstream.on_subscribed(answer)
             case StatusReceived(status=status):
-                peer.reported, peer.reported_ms = dict(status.body), self._wall_ms()
+                self.reports[peer.node] = read_report(status.fields, self._wall_ms())
             case GoawayReceived(goaway=goaway):
                 if peer.upstream is not None:
                     peer.upstream.on_goaway(goaway)
@@ -233,11 +263,11 @@ class Sessions:
             node=hello.node,
             kind=hello.kind,
             software=hello.software,
-            address=_address(peer.session),
-            session=_session_id(peer.session),
+            address=address_of(peer.session),
+            session=session_id(peer.session),
         )
-        text = f"{hello.node} ({hello.kind}) connected from {_address(peer.session)}"
-        self._events.publish("session.open", text, node=hello.node, session=_session_id(peer.session))
+        text = f"{hello.node} ({hello.kind}) connected from {address_of(peer.session)}"
+        self._events.publish("session.open", text, node=hello.node, session=session_id(peer.session))
         if hello.kind in KEEPER_KINDS and peer.upstream is None:
             self.edges_seen_ms[hello.node] = self._wall_ms()
         if peer.upstream is not None:
@@ -284,7 +314,7 @@ class Sessions:
             "session.closed",
             f"{peer.node or 'a peer'} is gone: {code.lower()} {closed.reason}".strip(),
             node=peer.node,
-            session=_session_id(peer.session),
+            session=session_id(peer.session),
         )
         if peer.upstream is not None:
             peer.upstream.on_closed(closed)
@@ -522,7 +552,7 @@ class Sessions:
             peer.link.close(code, reason, trio.current_time())
 
 
-def _address(session: Session) -> str:
+def address_of(session: Session) -> str:
     address = session.addr
     if isinstance(address, tuple):
         host, port = address[0], address[1]
@@ -530,5 +560,5 @@ def _address(session: Session) -> str:
     return str(address)
 
 
-def _session_id(session: Session) -> str:
+def session_id(session: Session) -> str:
     return session.id.hex() if session.id is not None else ""

@@ -1,0 +1,483 @@
+"""The daemon: one nursery, its parts, its signals, and an end that loses nothing.
+
+(1) It says it is ready only when the store is open and every address is bound.
+(2) SIGTERM: take no new sessions, commit what is queued, GOAWAY, close, exit 0 within STOP_TIMEOUT.
+(3) SIGHUP: read the configuration again; what is wrong changes nothing, what needs a restart is named.
+(4) The death of a session ends that session; the death of a part ends the daemon loudly.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+import trio
+from stp.batch import node_id
+from stp.carriers.udp import UdpCarrier
+from stp.control import Hello
+from stp.core.endpoint import Endpoint, EndpointConfig
+from stp.core.errors import ErrorCode
+from stp.core.handshake import PeerIdentity
+from stp.core.session import Session
+from stp.identity import (
+    ContextCache,
+    Identity,
+    TimeFloor,
+    kernel_synchronised,
+    parse_url,
+    write_atomically,
+)
+from stpd import __version__
+from stpd.access import Access
+from stpd.config import Config, ConfigError, changes, load
+from stpd.events import EventBus
+from stpd.keys import JoinTokens, NodeRegistry
+from stpd.managed import Managed
+from stpd.notify import notify
+from stpd.pki import CertificateAuthority
+from stpd.relay import Relay
+from stpd.router import Classes
+from stpd.services import Services
+from stpd.sessions import CHECK_INTERVAL, Sessions
+from stpd.status import ReloadReport
+from stpd.store.base import StoreError
+from stpd.store.sqlite import SqliteStore
+from stpd.uplink import Target, Uplink
+
+log = structlog.get_logger("stpd")
+
+STOP_TIMEOUT: Final = 8.0
+"""Seconds from SIGTERM to the end, at most; systemd is told 10."""
+
+LAST_WORDS: Final = 0.25
+"""Seconds given to GOAWAY and CLOSE to leave before the sockets close."""
+
+
+class StartupError(Exception):
+    """The daemon cannot start. `cause` and `advice` are one line each; `status` is the exit status."""
+
+    def __init__(self, cause: str, advice: str, status: int = 71) -> None:
+        super().__init__(f"{cause}\n  {advice}")
+        self.cause, self.advice, self.status = cause, advice, status
+
+
+class Daemon:
+    """One running stpd. Make it, then `await run()`."""
+
+    version = __version__
+
+    def __init__(self, config: Config, path: Path, identity: Identity) -> None:
+        self.config = config
+        self.identity = identity
+        self.ready = False
+        self.draining = False
+        self.started_ms = self.wall_ms()
+        self.full_since_ms = 0
+        self.events = EventBus(self.wall_ms)
+        self.uplink: Uplink | None = None
+        self.tokens: JoinTokens | None = None
+        self._path = path
+        self._state = Path(config.state_dir)
+        self._carriers: list[UdpCarrier] = []
+        self._dialers: dict[bool, UdpCarrier] = {}
+        self._stop = trio.Event()
+        self._stop_code = ErrorCode.RESTARTING
+        self._waiting_since: float | None = None
+        self._commits_seen = 0
+
+    # -- small facts ---------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def wall_ms() -> int:
+        return time.time_ns() // 1_000_000
+
+    def addresses(self) -> list[str]:
+        return [_text(carrier.local_address) for carrier in self._carriers]
+
+    def receive_buffer(self) -> int:
+        return min((one.statistics().receive_buffer for one in self._carriers), default=0)
+
+    def clock_synchronised(self) -> bool:
+        return kernel_synchronised()
+
+    def role_of(self, node: str) -> str | None:
+        return self.registry.role_of(node)
+
+    def known_gateways(self) -> list[str]:
+        return [one.node for one in self.registry.nodes() if one.role == "gateway"]
+
+    def log_drops(self) -> int:
+        from stpd.logs import statistics
+
+        return statistics().dropped
+
+    def store_queue_limit(self) -> int:
+        from stpd.store.sqlite import QUEUE_RECORDS
+
+        return QUEUE_RECORDS
+
+    def store_stalled_for(self) -> float:
+        """Seconds that records have waited without a commit; 0 when the writer moves."""
+        return 0.0 if self._waiting_since is None else trio.current_time() - self._waiting_since
+
+    def wake(self) -> None:
+        for carrier in (*self._carriers, *self._dialers.values()):
+            carrier.wake()
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Start, serve until told to stop, stop. Raises StartupError, or what killed a part."""
+        self._prepare()
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            try:
+                async with trio.open_nursery() as nursery:
+                    await self._start(nursery)
+                    nursery.start_soon(self._on_signals, signals)
+                    self.ready = True
+                    notify("READY=1", f"STATUS=serving on {', '.join(self.addresses()) or 'no UDP address'}")
+                    log.info(
+                        "ready",
+                        node=self.identity.node,
+                        role=self.config.role,
+                        listen=self.addresses(),
+                        version=self.version,
+                    )
+                    await self._stop.wait()
+                    await self._wind_down()
+                    nursery.cancel_scope.cancel()
+            finally:
+                await self._release()
+        log.info("stopped")
+
+    def _prepare(self) -> None:
+        """What needs no event loop: directories, registers, counters."""
+        try:
+            self._state.mkdir(parents=True, exist_ok=True, mode=0o750)
+            self._run_number = _count_run(self._state / "run")
+        except OSError as error:
+            raise StartupError(
+                f"state_dir {self._state} cannot be written: {error.strerror}",
+                "make it, or give it to the user that stpd runs as",
+                73,
+            ) from error
+        self._nonce = os.urandom(16)
+        self.registry = NodeRegistry(self._state / "nodes.json")
+        if self.config.enrol.ca is not None:
+            ca = CertificateAuthority.load(self.config.enrol.ca)
+            self.tokens = JoinTokens(self._state / "keys.json", ca.der)
+        self.floor = TimeFloor(self._state / "time-floor")
+        self.contexts = ContextCache(self.identity, self.floor)
+        self.access = Access(self.config.access, role_of=self.role_of)
+        self.classes = Classes(self.config.classes)
+
+    async def _start(self, nursery: trio.Nursery) -> None:
+        store = self.config.store
+        assert store.path is not None
+        own = node_id(self.identity.domain, self.identity.node)
+        try:
+            self.store = await SqliteStore.open(
+                store.path,
+                node_id=own,
+                budget_bytes=store.budget,
+                reserve_bytes=store.reserve,
+                retention_s=store.retention,
+                cache_bytes=store.cache,
+            )
+        except StoreError as error:
+            raise StartupError(str(error), "nothing was changed", 73) from error
+        self._memory_source = os.urandom(16)
+        self.relay = Relay(
+            self.store,
+            self.classes,
+            node_id=own,
+            memory_source=self._memory_source,
+            on_refused=self._on_refused,
+            wake=self.wake,
+        )
+        self.sessions = Sessions(
+            self.relay,
+            self.store,
+            domain=self.identity.domain,
+            access=lambda: self.access,
+            hello=self._hello,
+            name_of_source=self._name_of_source,
+            events=self.events,
+            nursery=nursery,
+            wall_ms=self.wall_ms,
+            max_subscriptions=self.config.limits.subscriptions_per_session,
+            ttl_of=lambda lane, prefix: self.classes.of(lane, prefix).ttl,
+        )
+        nursery.start_soon(self.store.watch)
+        await self._bind(nursery)
+        self.managed = Managed(self)
+        self.services = Services(self)
+        await self.services.start(nursery)
+        await self._start_uplink(nursery)
+        nursery.start_soon(self._tick)
+
+    async def _bind(self, nursery: trio.Nursery) -> None:
+        for address in self.config.listen.udp:
+            host, port = split_address(address)
+            carrier = await self._carrier(host, port, accept=True)
+            self._carriers.append(carrier)
+            await nursery.start(carrier.run)
+
+    async def _carrier(self, host: str, port: int, *, accept: bool) -> UdpCarrier:
+        endpoint = Endpoint(self._endpoint_config(accept=accept))
+        try:
+            return await UdpCarrier.bind(endpoint, host, port, on_ready=self.sessions.on_ready)
+        except OSError as error:
+            raise StartupError(
+                f"cannot listen on UDP {host}:{port}: {error.strerror or error}",
+                "another stpd runs there, or the address is not this machine's: see listen.udp",
+            ) from error
+
+    def _endpoint_config(self, *, accept: bool) -> EndpointConfig:
+        limits = self.config.limits
+        return EndpointConfig(
+            tls=self.contexts.tls,
+            leaf_der=self.contexts.leaf_der,
+            network_keys=self.identity.network_keys,
+            accept=accept,
+            authorise=self._authorise,
+            random_bytes=os.urandom,
+            on_refused=self._on_handshake_refused,
+            handshakes_per_second=limits.handshakes_per_second,
+            handshakes_per_address=limits.handshakes_per_address,
+            half_open=limits.half_open,
+            half_open_per_address=limits.half_open_per_address,
+        )
+
+    async def _start_uplink(self, nursery: trio.Nursery) -> None:
+        targets = self._targets()
+        if not targets:
+            return
+        self._dialers[False] = await self._carrier("0.0.0.0", 0, accept=False)
+        try:
+            self._dialers[True] = await self._carrier("::", 0, accept=False)
+        except StartupError:
+            log.info("no_ipv6", reason="this machine has no IPv6: upstreams are dialled over IPv4")
+        for carrier in self._dialers.values():
+            await nursery.start(carrier.run)
+        self.uplink = Uplink(
+            targets,
+            self.sessions,
+            self.store,
+            dial=self._dial,
+            class_of=lambda lane, prefix: self.classes.of(lane, prefix).name,
+            on_custody=self.relay.on_custody,
+            on_time_heard=self.floor.heard,
+            events=self.events,
+            wall_ms=self.wall_ms,
+        )
+        self.relay.custody_route = self.uplink.takes_class
+        nursery.start_soon(self.uplink.run)
+
+    def _targets(self) -> list[Target]:
+        own = self.identity.node
+        found = []
+        for one in self.config.upstreams:
+            address = parse_url(one.url, self.identity.upstream)
+            if one.node:
+                address.node = one.node
+            subscribe = tuple(filter_.replace("{node}", own) for filter_ in one.subscribe)
+            found.append(Target(address, one.url, frozenset(one.classes), subscribe))
+        return found
+
+    def _dial(self, address: tuple[str, int], node: str) -> Session:
+        carrier = self._dialers.get(":" in address[0])
+        if carrier is None:
+            raise OSError(f"no socket for {address[0]}: this machine has no IPv6")
+        session = carrier.endpoint.connect(
+            address,
+            expected_node=node,
+            expected_domain=self.identity.domain,
+            now=trio.current_time(),
+        )
+        carrier.wake()
+        return session
+
+    # -- what parts ask ------------------------------------------------------------------------------------------
+
+    def _hello(self) -> Hello:
+        return Hello(
+            domain=self.identity.domain,
+            node=self.identity.node,
+            store=self.store.store_id,
+            run=self._run_number,
+            nonce=self._nonce,
+            kind=self.config.role,
+            software=f"stpd/{self.version}",
+            time_ms=self.wall_ms(),
+            classes=self.classes.announced(),
+        )
+
+    def _name_of_source(self, source: bytes) -> str | None:
+        if source in (self.store.store_id, self._memory_source):
+            return self.identity.node
+        return self.store.node_of_source(source)
+
+    def _authorise(self, peer: PeerIdentity) -> str | None:
+        """May this certificate's owner have a session? None, or the reason why not."""
+        if peer.domain != self.identity.domain:
+            return f"domain {peer.domain} is not {self.identity.domain}"
+        if self.registry.is_revoked(peer.serial):
+            return "this certificate was revoked"
+        if self.draining:
+            return "this node is going away"
+        if len(self.sessions.peers) >= self.config.limits.sessions > 0:
+            return f"this node serves {self.config.limits.sessions} sessions already"
+        return None
+
+    def _on_handshake_refused(self, address: Any, peer: PeerIdentity | None, reason: str) -> None:
+        node = peer.node if peer is not None else ""
+        log.warning("handshake_refused", address=_text(address), node=node, reason=reason)
+        text = f"refused {node or 'a peer'} from {_text(address)}: {reason}"
+        self.events.publish("session.refused", text, node=node)
+
+    def _on_refused(self, node: str, code: Any, reason: str) -> None:
+        log.warning("record_refused", peer=node, code=str(getattr(code, "name", code)), reason=reason)
+
+    # -- time and signals ----------------------------------------------------------------------------------------
+
+    async def _tick(self) -> None:
+        """Once a second: deadlines, the state of the store, the watchdog."""
+        while True:
+            await trio.sleep(CHECK_INTERVAL)
+            self.sessions.check()
+            self._look_at_store()
+            if self.store_stalled_for() < 30.0:
+                notify("WATCHDOG=1")
+
+    def _look_at_store(self) -> None:
+        numbers = self.store.statistics()
+        moves = numbers.commits != self._commits_seen or not numbers.queue_records
+        self._commits_seen = numbers.commits
+        if moves:
+            self._waiting_since = None
+        elif self._waiting_since is None:
+            self._waiting_since = trio.current_time()
+        full = self.store.full
+        if full and not self.full_since_ms:
+            self.full_since_ms = self.wall_ms()
+            log.error("store_full", used=self.store.usage().used, reason=self.store.degraded or "budget")
+            self.events.publish("store.full", "the store is full: publishers wait")
+        elif not full and self.full_since_ms:
+            self.full_since_ms = 0
+            log.info("store_has_room")
+            self.events.publish("store.free", "the store has room again")
+
+    async def _on_signals(self, signals: Any) -> None:
+        async for number in signals:
+            if number == signal.SIGHUP:
+                await self.reload()
+            else:
+                log.info("stopping", signal=signal.Signals(number).name)
+                self._stop.set()
+
+    def begin_drain(self) -> None:
+        """Send everybody elsewhere and end."""
+        self._stop_code = ErrorCode.GOING_AWAY
+        self.events.publish("drain", "draining: no new sessions, then the end")
+        log.info("draining")
+        self._stop.set()
+
+    async def _wind_down(self) -> None:
+        """Promise (2)."""
+        self.draining = True
+        notify("STOPPING=1", "STATUS=stopping")
+        with trio.move_on_after(STOP_TIMEOUT) as scope:
+            self.sessions.say_goodbye("draining" if self._stop_code is ErrorCode.GOING_AWAY else "restarting")
+            self.wake()
+            await self.store.flush()
+            self.relay.flush()
+            await trio.sleep(LAST_WORDS)
+            self.sessions.close_all(self._stop_code, "0")
+            self.wake()
+            await trio.sleep(LAST_WORDS)
+        if scope.cancelled_caught:
+            log.warning("stop_hurried", after_s=STOP_TIMEOUT)
+
+    async def _release(self) -> None:
+        with trio.CancelScope(shield=True):
+            for carrier in (*self._carriers, *self._dialers.values()):
+                carrier.close()
+            if hasattr(self, "store"):
+                await self.store.aclose()
+
+    # -- reload --------------------------------------------------------------------------------------------------
+
+    async def reload(self) -> ReloadReport:
+        """Promise (3). Access rules, log level, certificates and revocations take effect at once."""
+        notify("RELOADING=1")
+        report = ReloadReport()
+        try:
+            fresh = await trio.to_thread.run_sync(load, self._path)
+            identity = await trio.to_thread.run_sync(Identity.load, fresh.identity)
+            if (identity.domain, identity.node) != (self.identity.domain, self.identity.node):
+                report.problems.append("the identity names another node: that needs a restart")
+        except ConfigError as error:
+            report.problems.extend(str(problem) for problem in error.problems)
+        except Exception as error:
+            report.problems.append(str(error))
+        if not report.problems:
+            self._apply(fresh, identity, report)
+        notify("READY=1")
+        log.info(
+            "reloaded" if not report.problems else "reload_refused",
+            changed=report.changed,
+            restart_needed=report.restart_needed,
+            problems=report.problems,
+        )
+        self.events.publish("config.reloaded", "; ".join(report.problems) or "configuration read again")
+        return report
+
+    def _apply(self, fresh: Config, identity: Identity, report: ReloadReport) -> None:
+        from stpd.logs import set_level
+
+        report.changed, report.restart_needed = changes(self.config, fresh)
+        if identity.leaf_der != self.identity.leaf_der:
+            report.changed.append("certificate")
+        set_level(fresh.log.level)
+        self.config.access, self.config.log, self.config.identity = fresh.access, fresh.log, fresh.identity
+        self.identity = identity
+        self.contexts.replace(identity)
+        self.access = Access(fresh.access, role_of=self.role_of)
+        self.sessions.refresh_grants()
+        self.services.reload_certificates()
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """"host:port" or "[v6]:port", as configuration has checked it."""
+    host, _, port = text.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _text(address: Any) -> str:
+    if isinstance(address, tuple):
+        host = str(address[0])
+        return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
+    return str(address)
+
+
+def _count_run(path: Path) -> int:
+    """This node's number of starts, kept on disk: HELLO tells a newer session from an older one by it."""
+    try:
+        number = int(path.read_text(encoding="ascii")) + 1
+    except (FileNotFoundError, ValueError):
+        number = 1
+    write_atomically(path, f"{number}\n".encode("ascii"), 0o640)
+    return number
+
+
+def run(config: Config, path: Path, make: Callable[[Config, Path, Identity], Daemon] = Daemon) -> None:
+    """Load the identity and run to the end. Raises StartupError and IdentityError."""
+    identity = Identity.load(config.identity)
+    daemon = make(config, path, identity)
+    trio.run(daemon.run)
