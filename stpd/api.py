@@ -35,7 +35,7 @@ class RefusedError(Exception):
 
 
 class Managed(Protocol):
-    """What the daemon offers to operators. Sync methods must not block; async ones have REQUEST_TIMEOUT seconds."""
+    """What the daemon offers to operators. Sync methods must not block; async ones get REQUEST_TIMEOUT."""
 
     def status(self) -> Answer[DaemonStatus]:
         """The daemon in one view."""

@@ -46,7 +46,8 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.enrol stp.client",
     "stp.cli",
     # -- stpd
-    "stpd.status stpd.pki stpd.logs stpd.notify",
+    "stpd.status stpd.schema stpd.problems stpd.pki stpd.logs stpd.httpd stpd.notify",
+    "stpd.checks stpd.events",
     "stpd.config stpd.metrics stpd.keys stpd.ledger",
     "stpd.access stpd.limits stpd.router stpd.enrol",
     "stpd.store.base",
