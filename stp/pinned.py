@@ -3,7 +3,7 @@
 Plain blocking code, for command lines and for worker threads.
 
 (1) Nothing is sent before the server's chain has been found to end in the anchor asked for.
-(2) Validity dates are ignored: the clock here may be that of 1970. Signatures, purposes (EKU) and names count.
+(2) Validity dates are ignored: the clock here may say 1970. Signatures, purposes (EKU) and names count.
 (3) Whatever goes wrong is an EnrolError, and one deadline holds for all of an exchange but the name service.
 """
 
@@ -24,7 +24,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from OpenSSL import SSL
 
 from stp.core.errors import StpError
-from stp.core.handshake import identity_of
+from stp.core.handshake import UNREADABLE, fully_parsed, identity_of
 
 ALPN: Final = b"stp-enrol/1"
 PIN_SIZE: Final = 20
@@ -68,6 +68,10 @@ def check_server(chain: Sequence[x509.Certificate], is_anchor: Callable[[bytes],
     """
     stranger = "this server is not of the fleet that the token is for"
     advice = "check the host; if it is right, somebody stands in between"
+    try:
+        chain = [fully_parsed(certificate) for certificate in chain]
+    except UNREADABLE as exc:
+        raise EnrolError(f"{stranger}: its certificate cannot be read", advice, EX_PROTOCOL) from exc
     if not chain or not _anchored(chain, is_anchor):
         raise EnrolError(stranger, advice, EX_PROTOCOL)
     leaf = chain[0]
@@ -96,7 +100,7 @@ def _anchored(chain: Sequence[x509.Certificate], is_anchor: Callable[[bytes], bo
 def _issued(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
     try:
         certificate.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature):
+    except (*UNREADABLE, InvalidSignature):
         return False
     return True
 
@@ -234,6 +238,7 @@ def exchange(
     *,
     domain: str | None = None,
     timeout: float = EXCHANGE_TIMEOUT,
+    headers: Sequence[tuple[str, str]] = (),
 ) -> tuple[int, bytes]:
     """POST `body` to an enrolment service and return (status, answer). Blocking, `timeout` seconds in all.
 
@@ -247,18 +252,19 @@ def exchange(
             raise EnrolError(
                 f"{wire.where} belongs to {found}, not to {domain}", "check the host", EX_PROTOCOL
             )
-        return _post(wire, wire.where, path, body)
+        return _post(wire, path, body, headers)
     finally:
         wire.close()
 
 
-def _post(wire: _Wire, authority: str, path: str, body: bytes) -> tuple[int, bytes]:
+def _post(wire: _Wire, path: str, body: bytes, extra: Sequence[tuple[str, str]]) -> tuple[int, bytes]:
     http = h11.Connection(h11.CLIENT)
     headers = [
-        ("host", authority),
+        ("host", wire.where),
         ("content-type", "application/json"),
         ("content-length", str(len(body))),
         ("connection", "close"),
+        *extra,
     ]
     request = h11.Request(method="POST", target=path, headers=headers)
     wire.send((http.send(request) or b"") + (http.send(h11.Data(data=body)) or b""))

@@ -243,7 +243,8 @@ class JoinTokens:
 class NodeRegistry:
     """Which node has which role, and which certificates are revoked.
 
-    Raises StateFileError when it cannot be loaded. `role_of` and `is_revoked` are two dictionary look-ups: they may be asked in every handshake.
+    Raises StateFileError when it cannot be loaded. `role_of` and `is_revoked` are two dictionary look-ups:
+    they may be asked in every handshake.
     """
 
     def __init__(self, path: str | Path, clock: Clock = wall_clock) -> None:

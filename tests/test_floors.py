@@ -49,6 +49,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stpd.status stpd.schema stpd.problems stpd.pki stpd.logs stpd.httpd stpd.notify",
     "stpd.checks stpd.events",
     "stpd.config stpd.metrics stpd.keys stpd.ledger",
+    "stpd.issuing",
     "stpd.access stpd.limits stpd.router stpd.enrol",
     "stpd.store.base",
     "stpd.store.sqlite",
