@@ -73,13 +73,17 @@ class Node:
             f'[health]\nlisten = "127.0.0.1:{self.health_port}"',
         ]
         if upstream is not None:
-            lines.append(f'[[upstream]]\nurl = "{upstream.url}"\nsubscribe = ["cmd/{{node}}/#", "$inbox/{{node}}/#"]')
+            lines.append(
+                f'[[upstream]]\nurl = "{upstream.url}"\nsubscribe = ["cmd/{{node}}/#", "$inbox/{{node}}/#"]'
+            )
         if "[[access]]" not in extra:
             lines.append('[[access]]\nname = "all"\nnodes = ["*"]\npublish = ["#", "$inbox/#"]')
             lines.append('subscribe = ["#", "$inbox/#", "cmd/#"]')
         self.config.write_text("\n".join([*lines, extra, ""]))
 
-    def start(self, *, env: dict[str, str] | None = None, wait: bool = True, prefix: tuple[str, ...] = ()) -> None:
+    def start(
+        self, *, env: dict[str, str] | None = None, wait: bool = True, prefix: tuple[str, ...] = ()
+    ) -> None:
         """Run it. Raises RuntimeError with the end of its log when it does not become ready."""
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
@@ -184,7 +188,12 @@ class Fleet:
     def issue(self, name: str, role: str, path: Path, upstream: Node | None) -> Path:
         key = ec.generate_private_key(ec.SECP256R1())
         leaf = self._ca.issue(key.public_key(), DOMAIN, name, role)  # type: ignore[arg-type]
-        parts = [private_pem(key).decode(), certificate_pem(leaf), self._ca.pem, network_key_pem(self._network_key)]
+        parts = [
+            private_pem(key).decode(),
+            certificate_pem(leaf),
+            self._ca.pem,
+            network_key_pem(self._network_key),
+        ]
         if upstream is not None:
             parts.append(upstream_pem(Upstream(upstream.name, f"stp://127.0.0.1:{upstream.port}")))
         path.write_text("".join(parts))

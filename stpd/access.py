@@ -113,7 +113,9 @@ class Grant:
             return None
         if decision is Decision.NONE:
             return opened.topics[0]
-        return next((topic for topic in dict.fromkeys(opened.topics) if not self.publish.matches(topic)), None)
+        return next(
+            (topic for topic in dict.fromkeys(opened.topics) if not self.publish.matches(topic)), None
+        )
 
     def _denied(self, what: str) -> str:
         if not self.rules:

@@ -17,10 +17,11 @@ from typing import Any, Final
 
 import structlog
 import trio
+from stp.core.endpoint import Endpoint, EndpointConfig
+
 from stp.batch import node_id
 from stp.carriers.udp import UdpCarrier
 from stp.control import Hello
-from stp.core.endpoint import Endpoint, EndpointConfig
 from stp.core.errors import ErrorCode
 from stp.core.handshake import PeerIdentity
 from stp.core.session import Session
@@ -34,6 +35,7 @@ from stp.identity import (
 )
 from stpd import __version__
 from stpd.access import Access
+from stpd.checks import split_address
 from stpd.config import Config, ConfigError, changes, load
 from stpd.events import EventBus
 from stpd.keys import JoinTokens, NodeRegistry
@@ -90,7 +92,7 @@ class Daemon:
         self._waiting_since: float | None = None
         self._commits_seen = 0
 
-    # -- small facts ---------------------------------------------------------------------------------------------
+    # -- small facts
 
     @staticmethod
     def wall_ms() -> int:
@@ -129,7 +131,7 @@ class Daemon:
         for carrier in (*self._carriers, *self._dialers.values()):
             carrier.wake()
 
-    # -- life ----------------------------------------------------------------------------------------------------
+    # -- life
 
     async def run(self) -> None:
         """Start, serve until told to stop, stop. Raises StartupError, or what killed a part."""
@@ -208,7 +210,8 @@ class Daemon:
             hello=self._hello,
             name_of_source=self._name_of_source,
             events=self.events,
-            nursery=nursery,
+            spawn=nursery.start_soon,
+            later=lambda delay, function: nursery.start_soon(_call_later, delay, function),
             wall_ms=self.wall_ms,
             max_subscriptions=self.config.limits.subscriptions_per_session,
             ttl_of=lambda lane, prefix: self.classes.of(lane, prefix).ttl,
@@ -303,7 +306,7 @@ class Daemon:
         carrier.wake()
         return session
 
-    # -- what parts ask ------------------------------------------------------------------------------------------
+    # -- what parts ask
 
     def _hello(self) -> Hello:
         return Hello(
@@ -344,7 +347,7 @@ class Daemon:
     def _on_refused(self, node: str, code: Any, reason: str) -> None:
         log.warning("record_refused", peer=node, code=str(getattr(code, "name", code)), reason=reason)
 
-    # -- time and signals ----------------------------------------------------------------------------------------
+    # -- time and signals
 
     async def _tick(self) -> None:
         """Once a second: deadlines, the state of the store, the watchdog."""
@@ -411,7 +414,7 @@ class Daemon:
             if hasattr(self, "store"):
                 await self.store.aclose()
 
-    # -- reload --------------------------------------------------------------------------------------------------
+    # -- reload
 
     async def reload(self) -> ReloadReport:
         """Promise (3). Access rules, log level, certificates and revocations take effect at once."""
@@ -453,10 +456,9 @@ class Daemon:
         self.services.reload_certificates()
 
 
-def split_address(text: str) -> tuple[str, int]:
-    """"host:port" or "[v6]:port", as configuration has checked it."""
-    host, _, port = text.rpartition(":")
-    return host.strip("[]"), int(port)
+async def _call_later(delay: float, function: Callable[[], None]) -> None:
+    await trio.sleep(delay)
+    function()
 
 
 def _text(address: Any) -> str:

@@ -109,8 +109,8 @@ class Feed:
         history: bool = False,
         takes: Callable[[int, str], bool] = lambda lane, prefix: True,
         ttl_of: Callable[[int, str], float] = lambda lane, prefix: 0.0,
-        fetch: Callable[[Feed, int, int], None],
-        retry: Callable[[Feed, int, float], None],
+        fetch: Callable[[Feed, int, int], object],
+        retry: Callable[[Feed, int, float], object],
         on_custody: Callable[[int, int], None] | None = None,
         now: Callable[[], float],
     ) -> None:
@@ -141,7 +141,7 @@ class Feed:
         self._decisions: dict[str, Decision] = {}
         self.counts = FeedStatistics()
 
-    # -- sending -------------------------------------------------------------------------------------------------
+    # -- sending
 
     def pump_all(self) -> None:
         for lane in self._lanes:
@@ -231,7 +231,9 @@ class Feed:
             whole = item.messages
             record = part_of(record, head, kept)
             head = read_record(record)
-            flight = Flight(0, item.pos, item.pos, item.pos, head.messages, whole - head.messages - expired, expired)
+            flight = Flight(
+                0, item.pos, item.pos, item.pos, head.messages, whole - head.messages - expired, expired
+            )
         else:
             flight = Flight(0, item.pos, item.pos, item.pos, item.messages)
         self._close_gap(lane, state, item.source, item.number)
@@ -333,7 +335,7 @@ class Feed:
             known = self._decisions[prefix] = self.filters.decide(prefix)
         return known
 
-    # -- accounts ------------------------------------------------------------------------------------------------
+    # -- accounts
 
     def _put(self, state: LaneState, flight: Flight) -> None:
         """*flight* is on the wire; what was skipped before it is answered for by it."""
@@ -406,11 +408,11 @@ class Feed:
         state = self._lanes.get(lane)
         if state is None:
             return
-        for index, flight in enumerate(state.flights):
-            if flight.place == place:
-                break
-        else:
+        places = [flight.place for flight in state.flights]
+        if place not in places:
             return  # forgotten by an earlier refusal, or of a memory class
+        index = places.index(place)
+        flight = state.flights[index]
         self.counts.refused_records += 1
         while len(state.flights) > index:
             state.flights.pop()

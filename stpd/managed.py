@@ -50,7 +50,7 @@ class Managed:
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
 
-    # -- views ---------------------------------------------------------------------------------------------------
+    # -- views
 
     def status(self) -> DaemonStatus:
         d = self._daemon
@@ -326,7 +326,7 @@ class Managed:
             explain=found.explain(),
         )
 
-    # -- changes -------------------------------------------------------------------------------------------------
+    # -- changes
 
     def kick(self, session_id: str) -> None:
         peer = self._find(session_id)

@@ -104,7 +104,7 @@ class Relay:
         self._dirty: dict[int, Link] = {}
         store.on_commit = self._committed
 
-    # -- doors ---------------------------------------------------------------------------------------------------
+    # -- doors
 
     def accept(self, door: Door, event: RecordReceived) -> None:
         """Take one record from a link, which has checked it. It is answered now or after its commit (1)."""
@@ -211,7 +211,7 @@ class Relay:
             self._on_refused(door.node, code, reason)
         link.refuse(lane, place, code, retry_ms, reason)
 
-    # -- memory classes ------------------------------------------------------------------------------------------
+    # -- memory classes
 
     def _pass_on(self, door: Door, event: RecordReceived, klass: MessageClass) -> None:
         """A record that no disk sees: to whoever can take it now, and settled (1)."""
@@ -233,7 +233,7 @@ class Relay:
             self.store.count_node(klass.name, accepted=messages, no_taker=messages)
         door.link.settle(lane, event.place, custody=True)
 
-    # -- what a commit brought -----------------------------------------------------------------------------------
+    # -- what a commit brought
 
     def _committed(self, stored: list[Stored]) -> None:
         for lane in {one.lane for one in stored}:
@@ -261,7 +261,7 @@ class Relay:
             link.flush()
         self._wake()
 
-    # -- custody -------------------------------------------------------------------------------------------------
+    # -- custody
 
     def _wait(self, lane: int, pos: int, link: Link, place: int) -> None:
         waiters = self._waiters[lane]

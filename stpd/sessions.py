@@ -142,11 +142,16 @@ class Sessions:
         hello: Callable[[], Hello],
         name_of_source: Callable[[bytes], str | None],
         events: EventBus,
-        nursery: trio.Nursery,
+        spawn: Callable[..., object],
+        later: Callable[[float, Callable[[], None]], object],
         wall_ms: Callable[[], int],
+        now: Callable[[], float] = trio.current_time,
         max_subscriptions: int,
         ttl_of: Callable[[int, str], float],
     ) -> None:
+        """*spawn(function, *args)* runs an async function beside the rest, *later(seconds, function)* calls one
+        once; the daemon gives its nursery, a simulation its own.
+        """
         self.peers: dict[int, Peer] = {}
         self.edges_seen_ms: dict[str, int] = {}
         self.reports: dict[str, Report] = {}
@@ -160,19 +165,21 @@ class Sessions:
         self._hello = hello
         self._name_of_source = name_of_source
         self._events = events
-        self._nursery = nursery
+        self._spawn = spawn
+        self._later = later
+        self._now = now
         self._wall_ms = wall_ms
         self._max_subscriptions = max_subscriptions
         self._ttl_of = ttl_of
 
-    # -- from the carriers ---------------------------------------------------------------------------------------
+    # -- from the carriers
 
     def on_ready(self, session: Session) -> None:
         """A session has something for us: hear it all, answer, tell receipts."""
         link = session.app
         if link is None:
             link = self.adopt(session).link
-        self._handle(link.app, link.process(trio.current_time()))
+        self._handle(link.app, link.process(self._now()))
         self._relay.flush()
 
     def adopt(self, session: Session, upstream: UpstreamOwner | None = None) -> Peer:
@@ -192,7 +199,7 @@ class Sessions:
 
     def check(self) -> None:
         """Deadlines of all links; call it every CHECK_INTERVAL."""
-        now = trio.current_time()
+        now = self._now()
         for peer in list(self.peers.values()):
             found = peer.link.check(now)
             if found:
@@ -207,7 +214,7 @@ class Sessions:
         peer = session.peer
         return peer is not None and self._access().grant(peer.node).may_speak_for(node)
 
-    # -- events --------------------------------------------------------------------------------------------------
+    # -- events
 
     def _handle(self, peer: Peer, found: Iterable[LinkEvent]) -> None:
         for event in found:
@@ -282,9 +289,7 @@ class Sessions:
             same_keeper = hello.kind in KEEPER_KINDS and known.kind == hello.kind
             if known.store == hello.store or same_keeper:
                 self.stats.replaced += 1
-                other.link.close(
-                    ErrorCode.REPLACED, f"a newer session of {hello.node} is here", trio.current_time()
-                )
+                other.link.close(ErrorCode.REPLACED, f"a newer session of {hello.node} is here", self._now())
 
     def _on_refused(self, peer: Peer, event: RefusedReceived) -> None:
         for feed in peer.feeds.values():
@@ -319,7 +324,7 @@ class Sessions:
         if peer.upstream is not None:
             peer.upstream.on_closed(closed)
 
-    # -- subscriptions -------------------------------------------------------------------------------------------
+    # -- subscriptions
 
     def _on_subscribe(self, peer: Peer, wanted: Subscribe) -> None:
         error = self._subscribe(peer, wanted)
@@ -348,7 +353,7 @@ class Sessions:
         if wanted.group is not None:
             return "groups are not served by this version"
         if isinstance(wanted.start, int):
-            self._nursery.start_soon(self._subscribe_from, peer, wanted, wanted.start)
+            self._spawn(self._subscribe_from, peer, wanted, wanted.start)
         elif wanted.name is None:
             self._subscribe_live(peer, wanted)
         else:
@@ -370,9 +375,7 @@ class Sessions:
             return {lane: self._store.first(lane) for lane in LANES}
         return {lane: self._store.last(lane) + 1 for lane in LANES}
 
-    def _subscribe_live(
-        self, peer: Peer, wanted: Subscribe, starts: dict[int, int] | None = None
-    ) -> None:
+    def _subscribe_live(self, peer: Peer, wanted: Subscribe, starts: dict[int, int] | None = None) -> None:
         """All live subscriptions of a session are one feed: a message that two of them match goes out once."""
         if starts is None:
             starts = self._starts(wanted)
@@ -447,7 +450,7 @@ class Sessions:
         log.warning("reader_removed", reader=name, why=why)
         self._events.publish("reader.removed", f"reader {name} was removed: {why}", node=hop.peer)
 
-    # -- feeds ---------------------------------------------------------------------------------------------------
+    # -- feeds
 
     def _feed(
         self,
@@ -475,10 +478,10 @@ class Sessions:
             keeper=keeper,
             takes=takes or (lambda lane, prefix: True),
             ttl_of=self._ttl_of,
-            fetch=lambda feed, lane, pos: self._nursery.start_soon(self._fetch, feed, lane, pos),
-            retry=lambda feed, lane, delay: self._nursery.start_soon(self._retry, feed, lane, delay),
+            fetch=lambda feed, lane, pos: self._spawn(self._fetch, feed, lane, pos),
+            retry=lambda feed, lane, delay: self._later(delay, partial(self._retry, feed, lane)),
             on_custody=on_custody,
-            now=trio.current_time,
+            now=self._now,
         )
 
     def attach_uplink(
@@ -515,12 +518,11 @@ class Sessions:
         feed.give(lane, epoch, items)
         self._relay.flush()
 
-    async def _retry(self, feed: Feed, lane: int, delay: float) -> None:
-        await trio.sleep(delay)
+    def _retry(self, feed: Feed, lane: int) -> None:
         feed.pump(lane)
         self._relay.flush()
 
-    # -- for the daemon ------------------------------------------------------------------------------------------
+    # -- for the daemon
 
     def refresh_grants(self) -> None:
         """The rules changed: every door asks the new ones from now on; subscriptions no longer allowed end."""
@@ -549,7 +551,7 @@ class Sessions:
 
     def close_all(self, code: ErrorCode, reason: str) -> None:
         for peer in list(self.peers.values()):
-            peer.link.close(code, reason, trio.current_time())
+            peer.link.close(code, reason, self._now())
 
 
 def address_of(session: Session) -> str:

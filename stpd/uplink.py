@@ -113,7 +113,7 @@ class Uplink:
     def _takes(self, lane: int, prefix: str) -> bool:
         return self.takes_class(self._class_of(lane, prefix))
 
-    # -- the loop ------------------------------------------------------------------------------------------------
+    # -- the loop
 
     async def run(self) -> None:
         """Never returns; cancel it."""
@@ -185,7 +185,7 @@ class Uplink:
                 )
             )
 
-    # -- what the session says -----------------------------------------------------------------------------------
+    # -- what the session says
 
     def on_hello(self, peer: Peer) -> None:
         """The upstream is there and is who it should be: send what waits, ask for what is ours."""
@@ -200,9 +200,7 @@ class Uplink:
             self._on_time_heard(hello.time_ms / 1000)
         log.info("uplink_connected", upstream=hello.node, url=target.url)
         self._events.publish("uplink.connected", f"connected to {hello.node}", node=hello.node)
-        self.feed = self._sessions.attach_uplink(
-            peer, HOP, takes=self._takes, on_custody=self._on_custody
-        )
+        self.feed = self._sessions.attach_uplink(peer, HOP, takes=self._takes, on_custody=self._on_custody)
         if target.subscribe:
             peer.link.send(Subscribe(id="down", filters=target.subscribe, name="down", start="earliest"))
 
@@ -237,7 +235,7 @@ class Uplink:
         if state != self.state:
             self.state, self.since_ms = state, self._wall_ms()
 
-    # -- for people ----------------------------------------------------------------------------------------------
+    # -- for people
 
     def statuses(self) -> list[UpstreamStatus]:
         """One per configured upstream; the current one carries the backlog."""

@@ -31,14 +31,21 @@ def refusal(grant: Grant, data: bytes) -> str | None:
 
 
 RULES = [
-    AccessRule(name="sensors", nodes=("sensor-*",), publish=("site-a/{node}/#",), subscribe=("cmd/{node}/#",)),
-    AccessRule(name="gateways", role="gateway", publish=("#",), subscribe=("cmd/{node}/#",), speaks_for=("edge-*",)),
+    AccessRule(
+        name="sensors", nodes=("sensor-*",), publish=("site-a/{node}/#",), subscribe=("cmd/{node}/#",)
+    ),
+    AccessRule(
+        name="gateways", role="gateway", publish=("#",), subscribe=("cmd/{node}/#",), speaks_for=("edge-*",)
+    ),
 ]
 
 
 def test_default_deny_says_that_no_rule_names_the_node() -> None:
     """Promise (2)."""
-    assert refusal(Access(RULES).grant("stranger"), record(["a/b"])) == "default deny: no access rule names stranger"
+    assert (
+        refusal(Access(RULES).grant("stranger"), record(["a/b"]))
+        == "default deny: no access rule names stranger"
+    )
 
 
 def test_refusal_names_the_rule() -> None:
@@ -124,7 +131,13 @@ def test_covers(allowed: str, wanted: str, yes: bool) -> None:
 levels = st.lists(st.sampled_from(["a", "b", "+", "$s"]), min_size=1, max_size=4)
 
 
-@given(levels, st.booleans(), levels, st.booleans(), st.lists(st.sampled_from(["a", "b", "$s"]), min_size=1, max_size=4))
+@given(
+    levels,
+    st.booleans(),
+    levels,
+    st.booleans(),
+    st.lists(st.sampled_from(["a", "b", "$s"]), min_size=1, max_size=4),
+)
 def test_what_is_covered_never_matches_more(
     have: list[str], have_rest: bool, want: list[str], want_rest: bool, topic: list[str]
 ) -> None:
