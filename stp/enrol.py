@@ -70,6 +70,7 @@ class Refusal(StrEnum):
     TOKEN_EXPIRED = "token-expired"
     TOKEN_USED = "token-used"
     TOKEN_REVOKED = "token-revoked"
+    TOKEN_ROLE = "token-role"
     NAME_TAKEN = "name-taken"
     NAME_BAD = "name-bad"
     NODE_UNKNOWN = "node-unknown"
@@ -216,13 +217,16 @@ def refused(answer: dict[str, Any]) -> EnrolError:
     )
 
 
-def join(token: str, host: str, name: str, key: ec.EllipticCurvePrivateKey) -> Grant:
-    """Ask `host[:port]` for a certificate under `name`. Blocking. Raises EnrolError."""
+def join(token: str, host: str, name: str, key: ec.EllipticCurvePrivateKey, *, kind: str = "device") -> Grant:
+    """Ask `host[:port]` for a certificate under `name`. Blocking. Raises EnrolError.
+
+    `kind` "gateway": the certificate must do for a node that others dial; a token of another role is refused.
+    """
     found = JoinToken.decode(token)
     _check_name(name)
     address = parse_host(host)
     csr = make_csr(key, name).public_bytes(serialization.Encoding.PEM).decode()
-    fields = {"token": token.strip(), "name": name, "csr": csr}
+    fields = {"token": token.strip(), "name": name, "csr": csr, "kind": kind}
     grant = _ask(*address, "/v1/enrol", fields, by_pin(found.pin), None)
     identity = _checked(grant, key, name)
     if not any(hmac.compare_digest(pin_of(der), found.pin) for der in identity.credentials.anchors_der):

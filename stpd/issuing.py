@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from stp.core.errors import StpError
-from stp.core.handshake import identity_of
+from stp.core.handshake import UNREADABLE, fully_parsed, identity_of
 from stp.enrol import JoinToken, Refusal, parse_host, renewal_digest
 from stp.identity import DEFAULT_PORT, Identity, IdentityError, check_node_name, network_key_pem
 from stp.pinned import EnrolError, by_anchors, exchange
@@ -39,7 +39,6 @@ from stpd.keys import RENEWAL_GRACE, JoinTokens, NodeRegistry, RefusedError
 from stpd.pki import (
     CertificateAuthority,
     Clock,
-    NodeRole,
     PkiError,
     certificate_pem,
     key_id,
@@ -147,11 +146,11 @@ class Issuer:
         if self.authority is None or not leaf or not signature:
             return None
         try:
-            certificate = x509.load_der_x509_certificate(base64.b64decode(leaf, validate=True))
+            certificate = fully_parsed(x509.load_der_x509_certificate(base64.b64decode(leaf, validate=True)))
             node = self._own(certificate)
             _verify(certificate, base64.b64decode(signature, validate=True), forward_digest(body))
             purposes = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-        except (ValueError, binascii.Error, x509.ExtensionNotFound, RefusedError):
+        except (*UNREADABLE, x509.ExtensionNotFound, RefusedError):
             return None
         lapsed = certificate.not_valid_after_utc.timestamp() < self.clock()
         return None if lapsed or ExtendedKeyUsageOID.SERVER_AUTH not in purposes else node
@@ -168,11 +167,17 @@ class Issuer:
         except EnrolError as exc:
             raise RefusedError(Refusal.TOKEN_UNKNOWN, exc.cause, exc.advice) from exc
         entry = self.tokens.check(token)
+        if (entry.role == "gateway") != (fields["kind"] == "gateway"):
+            raise RefusedError(
+                Refusal.TOKEN_ROLE,
+                f"the token is for the role {entry.role}",
+                "gateways join with stpd join, all others with stp join",
+            )
         node = self.registry.check_name(name, key_id(key))
         again = node is not None and node.token == entry.id  # (2)
         if not again:
             self.tokens.check_open(entry)
-        answer, leaf = self._issue(key, name, "gateway" if entry.role == "gateway" else "device", host)
+        answer, leaf = self._issue(key, name, entry.role, host)
         self._note(name, entry.role, key, leaf, token=entry.id, tags=list(entry.tags))
         if not again:
             self.tokens.spend(entry.id)
@@ -206,7 +211,7 @@ class Issuer:
                 "the certificate lapsed more than its lifetime ago",
                 "join again, with a token",
             )
-        answer, fresh = self._issue(key, node, "gateway" if entry.role == "gateway" else "device", host)
+        answer, fresh = self._issue(key, node, entry.role, host)
         self._note(node, entry.role, key, fresh)
         self.statistics.renewed += 1
         log.info("renewed", node=node, role=entry.role, address=address)
@@ -235,7 +240,7 @@ class Issuer:
         try:
             leaf.verify_directly_issued_by(self.authority.certificate)
             domain, node = identity_of(leaf.public_bytes(serialization.Encoding.DER))
-        except (ValueError, TypeError, InvalidSignature, StpError) as exc:
+        except (*UNREADABLE, InvalidSignature, StpError) as exc:
             raise stranger from exc
         if domain != self.identity().domain:
             raise stranger
@@ -244,11 +249,11 @@ class Issuer:
         return node
 
     def _issue(
-        self, key: ec.EllipticCurvePublicKey, node: str, role: NodeRole, host: str
+        self, key: ec.EllipticCurvePublicKey, node: str, role: str, host: str
     ) -> tuple[dict[str, Any], x509.Certificate]:
         assert self.authority is not None
         identity = self.identity()
-        leaf = self.authority.issue(key, identity.domain, node, role)
+        leaf = self.authority.issue(key, identity.domain, node, answers=role == "gateway")
         answer = {
             "node": node,
             "role": role,
@@ -345,7 +350,10 @@ class Issuer:
     @staticmethod
     def _fields(path: str, body: bytes) -> dict[str, str]:
         """The text fields that the path needs, all present. Raises RefusedError."""
-        needed = {"/v1/enrol": ("token", "name", "csr"), "/v1/renew": ("chain", "csr", "signature")}.get(path)
+        needed = {
+            "/v1/enrol": ("token", "name", "csr", "kind"),
+            "/v1/renew": ("chain", "csr", "signature"),
+        }.get(path)
         if needed is None:
             raise _bad("there is nothing at this path")
         try:

@@ -31,7 +31,7 @@ from stp.identity import write_atomically
 from stpd.pki import NODE_LIFETIME, Clock, wall_clock
 from stpd.status import KeyStatus, NewKey
 
-ROLES: Final = ("gateway", "device")
+ROLES: Final = ("gateway", "device", "app")
 MAX_TOKENS: Final = 1000
 """Tokens at once. Ended ones go after TOKEN_MEMORY, or earlier to make room."""
 TOKEN_MEMORY: Final = 30 * 86400.0

@@ -2,7 +2,7 @@
 
 (1) What may be in a certificate is decided here. Of a request only its public key is taken, after it has
     proved that it holds the private one.
-(2) A device may only dial: its certificate is for clients. Gateways and hubs dial and answer.
+(2) Devices and applications only dial: their certificates are for clients. Gateways and hubs also answer.
 (3) Certificates begin when their CA began. A machine whose clock stood still judges its peers by a time that
     is early, perhaps by months; a late notBefore would shut it out and protects nobody.
 (4) Operators' certificates bear stp-operator://… and pass for no node, nodes' bear stp://… and pass for
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 from urllib.parse import quote
 
 from attrs import define, field
@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from stp.core.errors import StpError
+from stp.core.handshake import UNREADABLE, fully_parsed
 from stp.identity import BUILD_TIME, write_atomically
 
 CA_LIFETIME: Final = timedelta(days=3652)
@@ -37,7 +38,6 @@ MAX_PEM: Final = 16 * 1024
 CA_CERTIFICATE: Final = "ca.pem"
 CA_KEY: Final = "ca.key"
 
-NodeRole = Literal["hub", "gateway", "device"]
 Clock = Callable[[], float]
 
 
@@ -98,11 +98,11 @@ class CertificateAuthority:
         return certificate_pem(self.certificate)
 
     def issue(
-        self, key: ec.EllipticCurvePublicKey, domain: str, node: str, role: NodeRole
+        self, key: ec.EllipticCurvePublicKey, domain: str, node: str, *, answers: bool
     ) -> x509.Certificate:
-        """A leaf with the URI SAN stp://<domain>/<node>; (2), (3)."""
+        """A leaf with the URI SAN stp://<domain>/<node>; (2), (3). `answers`: good for servers, too."""
         purposes = [ExtendedKeyUsageOID.CLIENT_AUTH]
-        if role != "device":
+        if answers:
             purposes.append(ExtendedKeyUsageOID.SERVER_AUTH)
         return self._leaf(key, node, f"stp://{domain}/{node}", purposes, NODE_LIFETIME)
 
@@ -162,8 +162,8 @@ def read_chain(pem: str) -> list[x509.Certificate]:
     if len(pem) > MAX_PEM:
         raise PkiError("the certificate chain is too long")
     try:
-        return x509.load_pem_x509_certificates(pem.encode("ascii", "strict"))
-    except ValueError as exc:
+        return [fully_parsed(one) for one in x509.load_pem_x509_certificates(pem.encode("ascii", "strict"))]
+    except UNREADABLE as exc:
         raise PkiError("the certificate chain is damaged") from exc
 
 

@@ -46,7 +46,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.enrol stp.client",
     "stp.cli",
     # -- stpd
-    "stpd.status stpd.schema stpd.problems stpd.pki stpd.logs stpd.httpd stpd.notify",
+    "stpd.status stpd.schema stpd.problems stpd.pki stpd.logs stpd.httpd stpd.notify stpd.templates",
     "stpd.checks stpd.events",
     "stpd.config stpd.metrics stpd.keys stpd.ledger",
     "stpd.issuing",
