@@ -36,7 +36,14 @@ from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from OpenSSL import SSL
 
 from stp.core.errors import StpError
-from stp.core.handshake import TlsCredentials, TlsSettings, identity_of, make_context
+from stp.core.handshake import (
+    UNREADABLE,
+    TlsCredentials,
+    TlsSettings,
+    fully_parsed,
+    identity_of,
+    make_context,
+)
 
 BUILD_TIME: Final = 1_793_491_200.0
 """Unix seconds, 2026-11-01: no clock that shows less is right. Moved forward with each release."""
@@ -237,8 +244,8 @@ def _read_bundle(file: str) -> bytes:
 
 def _certificate(file: str, pem: bytes) -> x509.Certificate:
     try:
-        return x509.load_pem_x509_certificate(pem)
-    except ValueError as exc:
+        return fully_parsed(x509.load_pem_x509_certificate(pem))
+    except UNREADABLE as exc:
         raise IdentityError(
             "a certificate in it is damaged", "restore the file, or join again", file
         ) from exc
@@ -249,7 +256,7 @@ def _private_key(file: str, pem: bytes) -> PrivateKeyTypes:
         return serialization.load_pem_private_key(pem, password=None)
     except TypeError as exc:
         raise IdentityError("the private key is encrypted", "store it in the clear, mode 0600", file) from exc
-    except ValueError as exc:
+    except UNREADABLE as exc:
         raise IdentityError("the private key is damaged", "restore the file, or join again", file) from exc
 
 
@@ -293,7 +300,7 @@ def _self_signed(certificate: x509.Certificate) -> bool:
         return False
     try:
         certificate.verify_directly_issued_by(certificate)
-    except (ValueError, TypeError, InvalidSignature):
+    except (*UNREADABLE, InvalidSignature):
         return False
     return True
 

@@ -167,7 +167,12 @@ class _Wire:
     def handshake(self) -> list[x509.Certificate]:
         """Do it, and return the server's chain as it sent it, the leaf first."""
         self._drive(self._tls.do_handshake)
-        return list(self._tls.get_peer_cert_chain(as_cryptography=True) or [])
+        try:
+            return list(self._tls.get_peer_cert_chain(as_cryptography=True) or [])
+        except UNREADABLE as exc:  # OpenSSL is less strict, and nobody has verified this chain
+            raise EnrolError(
+                "this server's certificate cannot be read", "check the host and the port", EX_PROTOCOL
+            ) from exc
 
     def send(self, data: bytes) -> None:
         if data:

@@ -16,6 +16,7 @@ from typing import Final, TypeAlias
 
 from attrs import define
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding, load_der_private_key
 from OpenSSL import SSL, _util, crypto
 
@@ -37,7 +38,7 @@ _IDENTITY: Final = re.compile(r"stp://([^/?#@%+\s\x00-\x1f]{1,253})/([^/?#@%+\s\
 
 @define
 class TlsCredentials:
-    """Who we are and whom we trust, in DER. `chain_der` has the leaf first; `key_der` is PKCS #8."""
+    """Who we are and whom we trust, in DER. `chain_der` has the leaf first; `key_der` is PKCS8."""
 
     chain_der: tuple[bytes, ...]
     key_der: bytes
@@ -84,9 +85,34 @@ class HandshakeResult:
     hello: TransportHello
 
 
+UNREADABLE: Final = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
+"""What `cryptography` raises for a certificate or a key that it cannot make sense of."""
+
+
+def fully_parsed(certificate: x509.Certificate) -> x509.Certificate:
+    """The same certificate, known to be readable to the end. Raises one of UNREADABLE.
+
+    `cryptography` parses names, key and extensions when they are first asked for, and raises only then.
+    """
+    _ = (certificate.public_key(), certificate.issuer, certificate.subject, certificate.extensions)
+    _ = (certificate.not_valid_before_utc, certificate.not_valid_after_utc)
+    return certificate
+
+
 def identity_of(leaf_der: bytes) -> tuple[str, str]:
     """(domain, node) from the URI SAN `stp://<domain>/<node>`. HandshakeRefused unless there is just one."""
-    return _identity(x509.load_der_x509_certificate(leaf_der))
+    try:
+        leaf = fully_parsed(x509.load_der_x509_certificate(leaf_der))
+    except UNREADABLE:
+        raise HandshakeRefused("certificate cannot be read") from None
+    return _identity(leaf)
 
 
 def _identity(leaf: x509.Certificate) -> tuple[str, str]:
