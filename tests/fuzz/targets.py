@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from tests.fuzz import targets_messages, targets_packets
+from tests.fuzz import targets_daemon, targets_identity, targets_messages, targets_packets
 from tests.fuzz.engine import Target
 
 TARGETS: Final[dict[str, Callable[[], Target]]] = {
     "headers": targets_packets.headers,
     "hello": targets_packets.hello,
     "frames": targets_packets.frame_codec,
+    "tokens": targets_identity.tokens,
     "topics": targets_messages.topics,
     "batches": targets_messages.batches,
     "records": targets_messages.records,
     "lane": targets_messages.lane,
     "control": targets_messages.control,
+    "pasted": targets_identity.pasted,
+    "bundle": targets_identity.bundle,
+    "strangers": targets_identity.strangers,
+    "requests": targets_identity.requests,
+    "config": targets_daemon.configuration,
 }

@@ -25,11 +25,13 @@ def test_seeds_are_accepted(name: str) -> None:
     """A target whose seeds are refused at the door would test nothing behind it."""
     target = TARGETS[name]()
     verdicts = [try_one(target, seed)[0] for seed in target.seeds]
-    assert verdicts.count(False) >= max(1, len(verdicts) // 2)
+    assert verdicts.count(False) >= max(1, len(verdicts) // 3)
 
 
 @pytest.mark.parametrize(
-    "case", [p for p in sorted(CORPUS.rglob("*")) if p.is_file()], ids=lambda p: f"{p.parent.name}-{p.name}"
+    "case",
+    [p for p in sorted(CORPUS.rglob("*")) if p.is_file() and p.name != ".gitkeep"],
+    ids=lambda p: f"{p.parent.name}-{p.name}",
 )
 def test_what_was_found_stays_mended(case) -> None:  # type: ignore[no-untyped-def]
     report = try_one(TARGETS[case.parent.name](), case.read_bytes())[1]
