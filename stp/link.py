@@ -23,14 +23,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from attrs import evolve
 
 from stp import control
 from stp.core import events as core_events
 from stp.core.errors import ErrorCode, LimitError, ProtocolError, UsageError
-from stp.core.session import Session
 from stp.lanes import LANES, Outgoing
 from stp.link_events import (
     DrainCreditReceived,
@@ -53,6 +52,9 @@ from stp.link_events import (
 from stp.receiving import KIND_LANE, Receiver
 from stp.records import RefusedCode
 from stp.sources import Sources
+
+if TYPE_CHECKING:
+    from stp.core.session import Session
 
 __all__ = [
     "DrainCreditReceived",
@@ -146,7 +148,7 @@ class Link:
         self._introduced_to_peer: set[bytes] = {hello.store}
         self._failure: ProtocolError | None = None
 
-    # -- input -----------------------------------------------------------------------------------------------
+    # -- input --
 
     def process(self, now: float) -> list[LinkEvent]:
         """Take what the session has for us, and say what it means. Call it whenever the session is ready."""
@@ -179,7 +181,7 @@ class Link:
             self._fail(error, now, out)
         return out
 
-    # -- sending ---------------------------------------------------------------------------------------------
+    # -- sending --
 
     def lane_room(self, lane: int) -> int:
         """Bytes the lane's buffer still takes; 0 before our HELLO is out. While it is > 0 a record may go."""
@@ -221,7 +223,7 @@ class Link:
                 raise UsageError("no control record can be sent before the session is connected")
             self._send_control(record)
 
-    # -- answers ---------------------------------------------------------------------------------------------
+    # -- answers --
 
     def admit(self, event: RecordReceived) -> bool:
         """False when a refusal given since this event was made stands before it (7): it is refused, too.
@@ -268,7 +270,7 @@ class Link:
         if self.closed is None:
             self.session.close(code, reason, now=now)
 
-    # -- what is known ---------------------------------------------------------------------------------------
+    # -- what is known --
 
     def node_of(self, source: bytes) -> str | None:
         """The node that a source of this peer belongs to; None when nobody has said."""
@@ -284,7 +286,7 @@ class Link:
             control_backlog=self._backlog_bytes,
         )
 
-    # -- session events --------------------------------------------------------------------------------------
+    # -- session events --
 
     def _on_session_event(self, event: core_events.Event, now: float, out: list[LinkEvent]) -> None:
         if self.closed is not None:
@@ -330,7 +332,7 @@ class Link:
         if failure is not None:
             raise failure
 
-    # -- reading ---------------------------------------------------------------------------------------------
+    # -- reading --
 
     def _read(self, now: float, out: list[LinkEvent]) -> None:
         if not self.connected:
@@ -345,7 +347,7 @@ class Link:
         for stream in pending:
             self._receiver.read(stream, now, out)
 
-    # -- control stream --------------------------------------------------------------------------------------
+    # -- control stream --
 
     def _read_control(self, now: float, out: list[LinkEvent]) -> None:
         for kind, body in self._control.feed(self.session.read(0)):

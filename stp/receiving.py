@@ -6,11 +6,10 @@ The promises are numbered at the head of `stp.link`; this file keeps (2), (4) to
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from stp.control import Receipt, Refused
 from stp.core.errors import CorruptError, LimitError, MessageError, ProtocolError, UsageError
-from stp.core.session import Session
 from stp.lanes import LANES, OPENING_BYTES, Incoming, Refusals, Unsettled
 from stp.link_events import (
     LinkEvent,
@@ -21,6 +20,9 @@ from stp.link_events import (
 )
 from stp.records import RecordCutter, RecordHead, RefusedCode, check_batches, read_record
 from stp.sources import Sources
+
+if TYPE_CHECKING:
+    from stp.core.session import Session
 
 CREDIT_FLOOR: Final = 512 * 1024
 """Bytes: no lane window is smaller. A peer with less than this unsettled can finish its record."""

@@ -1,0 +1,712 @@
+"""The message layer's rules, numbered at the head of stp.link. Sessions are joined in memory."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import pytest
+from joined import WINDOW, Pair, hello, joined, link
+
+from stp.batch import encode_batch, node_id
+from stp.control import (
+    Goaway,
+    Hello,
+    Introduce,
+    Receipt,
+    Refused,
+    Status,
+    Subscribe,
+    Subscribed,
+    encode_control,
+)
+from stp.core import events
+from stp.core.errors import ErrorCode, UsageError
+from stp.link import (
+    GoawayReceived,
+    HelloReceived,
+    LinkClosed,
+    LinkEvent,
+    ReceiptReceived,
+    RecordReceived,
+    RecordRejected,
+    RefusedReceived,
+    SourceIntroduced,
+    StatusReceived,
+    SubscribedReceived,
+    SubscribeReceived,
+    Writable,
+)
+from stp.receiving import MAX_REFUSALS
+from stp.records import RefusedCode, VoidReason, encode_record, encode_void
+from stp.sources import MAX_FOREIGN
+
+TELEMETRY = 3
+OTHER = b"o" * 16
+E = TypeVar("E")
+
+
+def batch(payload: bytes = b"21.5") -> bytes:
+    publisher = node_id("test.example", "device")
+    return encode_batch(
+        ["plant/temp"], [payload], time_ms=1_700_000_000_000, publisher=publisher, run=1, sequence=1
+    )
+
+
+def record(source: bytes, number: int, payload: bytes = b"21.5", lane: int = TELEMETRY) -> bytes:
+    return encode_record(lane, source, number, [batch(payload)])
+
+
+def void(source: bytes, number: int, to: int) -> bytes:
+    return encode_void(TELEMETRY, source, number, to, VoidReason.QUARANTINED, 1)
+
+
+def of_type(found: list[LinkEvent], kind: type[E]) -> list[E]:
+    return [event for event in found if isinstance(event, kind)]
+
+
+def numbers(found: list[LinkEvent]) -> list[int]:
+    return [event.head.number for event in of_type(found, RecordReceived)]
+
+
+# -- (1) HELLO -------------------------------------------------------------------------------------------
+
+
+def test_both_sides_learn_who_the_other_is() -> None:
+    left, right = joined()
+    device, gateway = link(left, hello("device", b"d" * 16)), link(right, hello("gateway", b"g" * 16))
+    for _ in range(2):
+        found = gateway.process(0.0), device.process(0.0)
+        left.deliver(), right.deliver()
+    greeting, introduced = found[0]
+    assert isinstance(greeting, HelloReceived)
+    assert greeting.hello.node == "device"
+    assert greeting.hello.time_ms == 1_700_000_000_000
+    assert introduced == SourceIntroduced(b"d" * 16, "device")
+    assert gateway.peer is greeting.hello
+
+
+@pytest.mark.parametrize(
+    "claimed",
+    [hello("another", b"d" * 16), Hello("other.example", "device", b"d" * 16, 1, bytes(16), "test")],
+    ids=["node", "domain"],
+)
+def test_hello_must_agree_with_the_certificate(claimed: Hello) -> None:
+    left, right = joined()
+    gateway = link(right, hello("gateway", b"g" * 16))
+    gateway.process(0.0)
+    left.write(0, encode_control(claimed))
+    left.deliver()
+    (closed,) = gateway.process(0.0)
+    assert isinstance(closed, LinkClosed)
+    assert (closed.code, closed.by_peer) == (ErrorCode.AUTH, False)
+    assert right.closed is not None
+    assert right.closed[0] is ErrorCode.AUTH
+
+
+def test_anything_before_hello_is_a_protocol_error() -> None:
+    left, right = joined()
+    gateway = link(right, hello("gateway", b"g" * 16))
+    gateway.process(0.0)
+    left.write(0, encode_control(Status({})))
+    left.deliver()
+    (closed,) = gateway.process(0.0)
+    assert isinstance(closed, LinkClosed)
+    assert closed.code is ErrorCode.PROTOCOL
+
+
+def test_a_second_hello_is_a_protocol_error() -> None:
+    pair = Pair()
+    pair.left.write(0, encode_control(hello("device", pair.source)))
+    assert of_type(pair.run(), LinkClosed)[0].code is ErrorCode.PROTOCOL
+
+
+def test_lanes_are_not_parsed_before_hello() -> None:
+    left, right = joined()
+    device, gateway = link(left, hello("device", b"d" * 16)), link(right, hello("gateway", b"g" * 16))
+    device.process(0.0), gateway.process(0.0)
+    device.send_record(TELEMETRY, record(b"d" * 16, 1))
+    lane = next(stream for stream in left.outbox if stream)
+    left.deliver(lane)
+    assert gateway.process(0.0) == []
+    assert right.inbox[lane]
+    left.deliver()
+    found = gateway.process(0.0)
+    assert [type(event) for event in found] == [HelloReceived, SourceIntroduced, RecordReceived]
+
+
+def test_a_peer_that_never_says_hello_is_closed() -> None:
+    _, right = joined()
+    gateway = link(right, hello("gateway", b"g" * 16))
+    gateway.process(0.0)
+    assert gateway.check(29.9) == []
+    (closed,) = gateway.check(30.0)
+    assert isinstance(closed, LinkClosed)
+    assert closed.code is ErrorCode.LIMIT
+
+
+def test_nothing_is_sent_before_the_session_is_connected() -> None:
+    left, _ = joined()
+    left.events.clear()
+    device = link(left, hello("device", b"d" * 16))
+    assert device.lane_room(TELEMETRY) == 0
+    with pytest.raises(UsageError):
+        device.send_record(TELEMETRY, record(b"d" * 16, 1))
+    with pytest.raises(UsageError):
+        device.send(Status({}))
+    device.flush()
+    assert device.process(0.0) == []
+    assert not any(left.outbox.values())
+
+
+# -- control ---------------------------------------------------------------------------------------------
+
+
+def test_control_records_pass_as_they_are() -> None:
+    pair = Pair()
+    for one in (Subscribe("1", ("a/#",)), Status({"cause": "none"}), Goaway("drain", 7), Subscribed("1")):
+        pair.device.send(one)
+    found = pair.run()
+    assert found == [
+        SubscribeReceived(Subscribe("1", ("a/#",))),
+        StatusReceived(Status({"cause": "none"})),
+        GoawayReceived(Goaway("drain", 7)),
+        SubscribedReceived(Subscribed("1")),
+    ]
+
+
+def test_hello_is_the_links_to_send() -> None:
+    with pytest.raises(UsageError):
+        Pair().device.send(hello("device", b"d" * 16))
+
+
+def test_an_unknown_control_record_is_skipped() -> None:
+    pair = Pair()
+    pair.left.write(0, b"\0\0\0\x03\xc8ab")
+    pair.device.send(Subscribed("1"))
+    assert pair.run() == [SubscribedReceived(Subscribed("1"))]
+
+
+def test_a_control_record_above_16_kib_is_limit() -> None:
+    pair = Pair()
+    pair.left.write(0, (16_385).to_bytes(4, "big"))
+    assert of_type(pair.run(), LinkClosed)[0].code is ErrorCode.LIMIT
+
+
+@pytest.mark.parametrize("ended", [events.StreamReset, events.StreamStopped])
+@pytest.mark.parametrize("stream", ["control", "lane in", "lane out"])
+def test_a_lane_or_control_stream_that_ends_is_a_protocol_error(ended: type, stream: str) -> None:
+    pair = Pair()
+    pair.device.send_record(TELEMETRY, record(pair.source, 1))
+    pair.gateway.send_record(TELEMETRY, record(pair.store, 1))
+    pair.run()
+    lanes = (
+        [stream for stream in pair.right.inbox if stream],
+        [stream for stream in pair.right.outbox if stream],
+    )
+    number = {"control": 0, "lane in": lanes[0][0], "lane out": lanes[1][0]}[stream]
+    pair.right.events.append(ended(number, 0))
+    assert of_type(pair.run(), LinkClosed)[0].code is ErrorCode.PROTOCOL
+
+
+def test_streams_of_an_unknown_kind_are_ignored_and_get_no_credit() -> None:
+    pair = Pair()
+    stream = pair.left.open_stream()
+    pair.left.write(stream, b"\x09what is this")
+    assert pair.run() == []
+    pair.left.write(stream, b"more")
+    assert pair.run() == []
+    assert stream not in pair.right.credit
+    pair.right.events.append(events.StreamReset(stream, 0))
+    assert pair.run() == []
+    assert pair.gateway.statistics().streams_ignored == 1
+
+
+@pytest.mark.parametrize(
+    ("opening", "stream"), [(b"\x01\x03", 4), (b"\x01\x09", 2), (b"\x01\x00", 2)], ids=["bidi", "9", "0"]
+)
+def test_a_lane_that_cannot_be(opening: bytes, stream: int) -> None:
+    pair = Pair()
+    pair.left.outbox[stream] = bytearray(opening)
+    assert of_type(pair.run(), LinkClosed)[0].code is ErrorCode.PROTOCOL
+
+
+def test_a_lane_is_opened_once() -> None:
+    pair = Pair()
+    for _ in range(2):
+        pair.left.write(pair.left.open_stream(), b"\x01\x03")
+    assert of_type(pair.run(), LinkClosed)[0].code is ErrorCode.PROTOCOL
+
+
+def test_an_opening_may_come_byte_by_byte() -> None:
+    pair = Pair()
+    stream = pair.left.open_stream()
+    for byte in b"\x01\x03" + record(pair.source, 1):
+        pair.left.write(stream, bytes((byte,)))
+        pair.run()
+    assert numbers(pair.at) == [1]
+
+
+# -- (2), (3), (4) places, receipts, credit ----------------------------------------------------------------
+
+
+def test_places_count_from_0_on_each_lane() -> None:
+    pair = Pair()
+    places = [
+        pair.device.send_record(lane, record(pair.source, 1 + n, lane=lane))
+        for n in range(2)
+        for lane in (1, 4)
+    ]
+    assert places == [0, 0, 1, 1]
+    found = of_type(pair.run(), RecordReceived)
+    assert sorted((event.lane, event.place) for event in found) == [(1, 0), (1, 1), (4, 0), (4, 1)]
+
+
+def test_receipts_are_coalesced_and_say_kept_custody_and_ranges() -> None:
+    pair = Pair()
+    for number in range(1, 9):
+        pair.device.send_record(TELEMETRY, record(pair.source, number))
+    pair.run()
+    for place in (0, 1, 2, 4):
+        pair.gateway.settle(TELEMETRY, place, custody=False)
+    for place in (5, 7):
+        pair.gateway.settle(TELEMETRY, place, custody=True)
+    pair.gateway.in_custody(TELEMETRY, 0)
+    pair.gateway.in_custody(TELEMETRY, 2)
+    pair.gateway.flush()
+    pair.gateway.flush()
+    pair.run()
+    assert of_type(pair.back, ReceiptReceived) == [ReceiptReceived(TELEMETRY, 3, 1, [(2, 3), (5, 6), (7, 8)])]
+    for place in (3, 6):
+        pair.gateway.settle(TELEMETRY, place, custody=True)
+    pair.gateway.in_custody(TELEMETRY, 1)
+    pair.run()
+    assert of_type(pair.back, ReceiptReceived)[-1] == ReceiptReceived(TELEMETRY, 8, 4, [(5, 8)])
+
+
+def test_custody_may_come_long_after_kept() -> None:
+    pair = Pair()
+    pair.device.send_record(TELEMETRY, record(pair.source, 1))
+    pair.run()
+    pair.gateway.settle(TELEMETRY, 0, custody=False)
+    pair.run()
+    pair.gateway.in_custody(TELEMETRY, 0)
+    pair.run()
+    assert of_type(pair.back, ReceiptReceived) == [
+        ReceiptReceived(TELEMETRY, 1, 0, []),
+        ReceiptReceived(TELEMETRY, 1, 1, []),
+    ]
+
+
+def test_a_place_is_answered_once() -> None:
+    pair = Pair()
+    pair.device.send_record(TELEMETRY, record(pair.source, 1))
+    pair.run()
+    with pytest.raises(UsageError):
+        pair.gateway.in_custody(TELEMETRY, 0)
+    pair.gateway.settle(TELEMETRY, 0, custody=True)
+    for answer in (
+        lambda: pair.gateway.settle(TELEMETRY, 0, custody=True),
+        lambda: pair.gateway.refuse(TELEMETRY, 0, RefusedCode.FULL),
+        lambda: pair.gateway.settle(TELEMETRY, 1, custody=True),
+        lambda: pair.gateway.settle(4, 0, custody=True),
+    ):
+        with pytest.raises(UsageError):
+            answer()
+
+
+def test_refused_stands_before_the_receipt_that_counts_it() -> None:
+    pair = Pair()
+    for number in (1, 2):
+        pair.device.send_record(TELEMETRY, record(pair.source, number))
+    pair.run()
+    pair.gateway.settle(TELEMETRY, 0, custody=True)
+    pair.gateway.refuse(TELEMETRY, 1, RefusedCode.DENIED, 250, "rule west")
+    pair.run()
+    assert pair.back == [
+        RefusedReceived(TELEMETRY, 1, RefusedCode.DENIED, 250, "rule west"),
+        ReceiptReceived(TELEMETRY, 2, 2, []),
+    ]
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        Receipt(TELEMETRY, 2, 0),
+        Receipt(TELEMETRY, 1, 0, [(1, 2)]),
+        Receipt(4, 1, 0),
+        Refused(TELEMETRY, 1, 1),
+        Refused(4, 0, 1),
+    ],
+    ids=lambda lie: f"{type(lie).__name__}-{lie.lane}",
+)
+def test_answers_for_what_was_never_sent_close_the_session(lie: Receipt | Refused) -> None:
+    pair = Pair()
+    pair.device.send_record(TELEMETRY, record(pair.source, 1))
+    pair.run()
+    pair.right.write(0, encode_control(lie))
+    pair.run()
+    assert of_type(pair.back, LinkClosed)[0].code is ErrorCode.PROTOCOL
+
+
+def test_credit_is_what_was_taken_plus_the_incomplete_record() -> None:
+    pair = Pair()
+    first, second = record(pair.source, 1), record(pair.source, 2, bytes(4000))
+    pair.device.send_record(TELEMETRY, first)
+    stream = next(stream for stream in pair.left.outbox if stream)
+    pair.left.outbox[stream] += second[:1000]
+    pair.run()
+    assert pair.right.credit[stream] == 2 + 1000
+    pair.left.outbox[stream] += second[1000:]
+    pair.run()
+    assert pair.right.credit[stream] == 2 + 1000
+    pair.gateway.settle(TELEMETRY, 0, custody=True)
+    pair.gateway.refuse(TELEMETRY, 1, RefusedCode.FULL)
+    pair.gateway.flush()
+    assert pair.right.credit[stream] == 2 + len(first) + len(second)
+
+
+def test_a_record_larger_than_the_window_passes() -> None:
+    pair = Pair()
+    large = record(pair.source, 1, bytes(WINDOW + 200_000))
+    pair.device.send_record(TELEMETRY, large)
+    pair.run()
+    (received,) = of_type(pair.at, RecordReceived)
+    assert received.record == large
+
+
+def test_an_owner_that_answers_nothing_stops_the_sender_at_the_window() -> None:
+    pair = Pair()
+    one = record(pair.source, 1, bytes(50_000))
+    for number in range(1, 31):
+        pair.device.send_record(TELEMETRY, record(pair.source, number, bytes(50_000)))
+    pair.run()
+    held = len(of_type(pair.at, RecordReceived))
+    assert WINDOW // len(one) <= held <= WINDOW // len(one) + 2
+    for place in range(held):
+        pair.gateway.settle(TELEMETRY, place, custody=True)
+    pair.run()
+    assert len(of_type(pair.at, RecordReceived)) >= 2 * held - 2
+
+
+def test_room_that_returns_is_told_by_lane() -> None:
+    pair = Pair()
+    pair.device.send_record(4, record(pair.source, 1, lane=4))
+    stream = next(stream for stream in pair.left.outbox if stream)
+    pair.left.events.append(events.StreamWritable(stream))
+    assert pair.device.process(0.0) == [Writable(4)]
+    assert pair.device.lane_room(4) == 1024 * 1024
+    assert pair.device.lane_unsent(4) == len(pair.left.outbox[stream])
+    assert pair.device.lane_unsent(1) == 0
+
+
+# -- (5) sources -----------------------------------------------------------------------------------------
+
+
+def test_an_unknown_source_waits_for_introduce_without_credit() -> None:
+    pair = Pair(may_speak_for=lambda node: node == "sensor")
+    stream = pair.left.open_stream()
+    data = b"\x01\x03" + record(OTHER, 1) + record(pair.source, 1)
+    pair.left.write(stream, data)
+    assert pair.run() == []
+    assert pair.gateway.statistics().records_held == 2
+    assert pair.right.credit.get(stream, 0) <= 2
+    pair.now = 2.9
+    assert pair.check() == []
+    pair.device.send(Introduce({OTHER: "sensor"}))
+    found = pair.run()
+    assert found[0] == SourceIntroduced(OTHER, "sensor")
+    assert [(event.head.source, event.place) for event in of_type(found, RecordReceived)] == [
+        (OTHER, 0),
+        (pair.source, 1),
+    ]
+    assert pair.gateway.node_of(OTHER) == "sensor"
+
+
+def test_a_source_never_introduced_is_refused_after_3_seconds() -> None:
+    pair = Pair(may_speak_for=lambda node: True)
+    pair.deaf = True
+    stream = pair.left.open_stream()
+    pair.left.write(stream, b"\x01\x03" + record(OTHER, 1) + record(pair.source, 1))
+    pair.run()
+    pair.now = 3.0
+    found = pair.check()
+    (rejected,) = of_type(found, RecordRejected)
+    assert (rejected.place, rejected.code, rejected.messages) == (0, RefusedCode.SOURCE, 1)
+    assert numbers(found) == [1]
+    # (7) holds over the wait: introduced at last, it starts again with what was refused.
+    pair.device.send(Introduce({OTHER: "sensor"}))
+    pair.run()
+    pair.left.write(stream, record(OTHER, 2) + record(OTHER, 1) + record(OTHER, 2))
+    found = pair.run()
+    assert [type(event) for event in found] == [RecordRejected, RecordReceived, RecordReceived]
+
+
+def test_a_foreign_source_is_refused_and_nothing_remembered() -> None:
+    pair = Pair()
+    pair.deaf = True
+    pair.device.send(Introduce({OTHER: "hub"}))
+    stream = pair.left.open_stream()
+    pair.left.write(stream, b"\x01\x03" + record(OTHER, 7) + record(OTHER, 3))
+    found = pair.run()
+    assert [event.code for event in of_type(found, RecordRejected)] == [RefusedCode.SOURCE] * 2
+    assert not of_type(found, SourceIntroduced)
+    assert pair.gateway.node_of(OTHER) is None
+
+
+def test_who_introduced_a_source_first_keeps_it() -> None:
+    """What the owner's store knows counts, not what the peer says later; not even in HELLO."""
+    pair = Pair(name_of_source=lambda source: {b"d" * 16: "hub", OTHER: "hub"}.get(source))
+    pair.device.send(Introduce({OTHER: "device"}))
+    stream = pair.left.open_stream()
+    pair.left.write(stream, b"\x01\x03" + record(OTHER, 1) + record(pair.source, 1))
+    assert [event.code for event in of_type(pair.run(), RecordRejected)] == [RefusedCode.SOURCE] * 2
+
+
+def test_an_earlier_source_of_the_same_node_is_its_own() -> None:
+    pair = Pair()
+    pair.device.send(Introduce({OTHER: "device"}))
+    pair.left.write(pair.left.open_stream(), b"\x01\x03" + record(OTHER, 1))
+    assert numbers(pair.run()) == [1]
+
+
+def test_foreign_sources_are_remembered_within_a_bound() -> None:
+    pair = Pair()
+    sources = [number.to_bytes(16, "big") for number in range(MAX_FOREIGN + 10)]
+    for at in range(0, len(sources), 200):
+        pair.device.send(Introduce(dict.fromkeys(sources[at : at + 200], "stranger")))
+        assert pair.run() == []
+    pair.left.write(pair.left.open_stream(), b"\x01\x03" + record(sources[-1], 1))
+    assert pair.run() == []
+    pair.now = 3.0
+    assert of_type(pair.check(), RecordRejected)[0].code is RefusedCode.SOURCE
+
+
+def test_a_relay_introduces_a_source_before_its_first_record() -> None:
+    pair = Pair(may_speak_for=lambda node: node == "sensor")
+    pair.device = link(pair.left, hello("device", pair.source), name_of_source={OTHER: "sensor"}.get)
+    pair.device.connected = True
+    for number in (1, 2):
+        pair.device.send_record(TELEMETRY, record(OTHER, number))
+    found = pair.run()
+    assert of_type(found, SourceIntroduced) == [SourceIntroduced(OTHER, "sensor")]
+    assert numbers(found) == [1, 2]
+    with pytest.raises(UsageError):
+        pair.device.send_record(TELEMETRY, record(b"?" * 16, 1))
+
+
+# -- (6) damage ------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_record_costs_its_place_only() -> None:
+    pair = Pair()
+    bad = bytearray(record(pair.source, 1))
+    bad[40] ^= 1
+    pair.left.write(pair.left.open_stream(), b"\x01\x03" + bytes(bad) + record(pair.source, 2))
+    found = pair.run()
+    (rejected,) = of_type(found, RecordRejected)
+    assert (rejected.place, rejected.head, rejected.code) == (0, None, RefusedCode.CORRUPT)
+    assert numbers(found) == [2]
+
+
+def test_a_batch_damaged_by_its_publisher_is_refused_by_number() -> None:
+    pair = Pair()
+    damaged = bytearray(batch())
+    damaged[-6] ^= 1
+    bad = encode_record(TELEMETRY, pair.source, 1, [bytes(damaged)])
+    pair.left.write(pair.left.open_stream(), b"\x01\x03" + bad + record(pair.source, 2))
+    found = pair.run()
+    assert [(event.code, event.head and event.head.number) for event in of_type(found, RecordRejected)] == [
+        (RefusedCode.CORRUPT, 1),
+        (RefusedCode.CORRUPT, 2),
+    ]
+
+
+def test_a_record_of_another_lane_is_corrupt() -> None:
+    pair = Pair()
+    pair.left.write(pair.left.open_stream(), b"\x01\x03" + record(pair.source, 1, lane=1))
+    assert of_type(pair.run(), RecordRejected)[0].code is RefusedCode.CORRUPT
+
+
+def test_a_record_above_the_limit_closes() -> None:
+    pair = Pair()
+    pair.left.write(pair.left.open_stream(), b"\x01\x03" + (2_000_000).to_bytes(4, "big"))
+    assert of_type(pair.run(), LinkClosed)[0].code is ErrorCode.LIMIT
+
+
+# -- (7) order after a refusal ---------------------------------------------------------------------------
+
+
+def refused_pair() -> Pair:
+    """Numbers 1 to 4 were sent; 1 is settled, 2 refused, 3 and 4 wait for their answer."""
+    pair = Pair()
+    for number in (1, 2, 3, 4):
+        pair.device.send_record(TELEMETRY, record(pair.source, number))
+    pair.run()
+    pair.gateway.settle(TELEMETRY, 0, custody=True)
+    pair.gateway.refuse(TELEMETRY, 1, RefusedCode.FULL, 100)
+    return pair
+
+
+def test_what_was_given_out_already_is_not_admitted() -> None:
+    pair = refused_pair()
+    third, fourth = of_type(pair.at, RecordReceived)[2:]
+    assert not pair.gateway.admit(third)
+    assert not pair.gateway.admit(fourth)
+    pair.run()
+    assert [event.place for event in of_type(pair.back, RefusedReceived)] == [1, 2, 3]
+    assert of_type(pair.back, ReceiptReceived)[-1].kept == 4
+
+
+def test_later_numbers_are_refused_with_the_same_code_until_all_came_again() -> None:
+    pair = refused_pair()
+    for event in of_type(pair.at, RecordReceived)[2:]:
+        pair.gateway.admit(event)
+    for number in (5, 2, 4, 3, 4, 6, 5, 6):
+        pair.device.send_record(TELEMETRY, record(pair.source, number))
+    found = pair.run()
+    assert numbers(found) == [2, 3, 4, 5, 6]
+    assert [(event.head.number, event.code) for event in of_type(found, RecordRejected) if event.head] == [
+        (5, RefusedCode.FULL),
+        (4, RefusedCode.FULL),
+        (6, RefusedCode.FULL),
+    ]
+    assert all(pair.gateway.admit(event) for event in of_type(found, RecordReceived))
+
+
+def test_a_void_counts_for_all_it_covers() -> None:
+    pair = refused_pair()
+    for event in of_type(pair.at, RecordReceived)[2:]:
+        pair.gateway.admit(event)
+    pair.device.send_record(TELEMETRY, void(pair.source, 2, 4))
+    pair.device.send_record(TELEMETRY, record(pair.source, 5))
+    assert numbers(pair.run()) == [2, 5]
+
+
+def test_a_refusal_holds_for_its_source_and_lane_only() -> None:
+    pair = Pair()
+    pair.device.send(Introduce({OTHER: "device"}))
+    pair.device.send_record(TELEMETRY, record(pair.source, 1))
+    pair.run()
+    pair.gateway.refuse(TELEMETRY, 0, RefusedCode.FULL)
+    stream = next(stream for stream in pair.left.outbox if stream)
+    pair.left.write(stream, record(OTHER, 9))
+    pair.device.send_record(1, record(pair.source, 2, lane=1))
+    assert sorted(numbers(pair.run())) == [2, 9]
+
+
+def test_numbers_below_the_refused_one_are_the_owners_to_judge() -> None:
+    pair = refused_pair()
+    pair.device.send_record(TELEMETRY, record(pair.source, 1))
+    assert numbers(pair.run()) == [1]
+
+
+def test_a_refused_number_that_was_settled_after_all_counts_as_come() -> None:
+    """The same number twice in flight: the first is refused after the second has come, the second is kept."""
+    pair = Pair()
+    for _ in range(2):
+        pair.device.send_record(TELEMETRY, record(pair.source, 1))
+    pair.run()
+    pair.gateway.refuse(TELEMETRY, 0, RefusedCode.FULL)
+    pair.gateway.settle(TELEMETRY, 1, custody=True)
+    pair.device.send_record(TELEMETRY, record(pair.source, 2))
+    assert numbers(pair.run()) == [2]
+
+
+def test_refusals_are_remembered_within_a_bound() -> None:
+    pair = Pair(may_speak_for=lambda node: True)
+    pair.deaf = True
+    sources = [number.to_bytes(16, "big") for number in range(MAX_REFUSALS + 1)]
+    stream = pair.left.open_stream()
+    pair.left.write(stream, b"\x01\x03")
+    for at in range(0, len(sources), 200):
+        pair.device.send(Introduce(dict.fromkeys(sources[at : at + 200], "x")))
+        pair.run()
+        pair.left.write(stream, b"".join(record(source, 1) for source in sources[at : at + 200]))
+        for event in of_type(pair.run(), RecordReceived):
+            pair.gateway.refuse(TELEMETRY, event.place, RefusedCode.FULL)
+        pair.run()
+    assert of_type(pair.at, LinkClosed)[0].code is ErrorCode.LIMIT
+
+
+# -- (8) deadlines ---------------------------------------------------------------------------------------
+
+
+def test_an_incomplete_record_is_limit_after_30_seconds() -> None:
+    pair = Pair()
+    pair.left.write(pair.left.open_stream(), b"\x01\x03" + record(pair.source, 1)[:50])
+    pair.run()
+    for pair.now in (1.0, 29.9):
+        assert pair.check() == []
+    pair.now = 30.0
+    (closed,) = of_type(pair.check(), LinkClosed)
+    assert closed.code is ErrorCode.LIMIT
+
+
+def test_the_clock_stands_while_the_peer_has_no_credit() -> None:
+    pair = Pair()
+    stream = pair.left.open_stream()
+    pair.left.write(
+        stream, b"\x01\x03" + b"".join(record(pair.source, n, bytes(90_000)) for n in range(1, 9))
+    )
+    pair.run()
+    for pair.now in (10.0, 100.0, 200.0):
+        assert pair.check() == []
+    received = of_type(pair.at, RecordReceived)
+    for event in received:
+        pair.gateway.settle(TELEMETRY, event.place, custody=True)
+    pair.run()
+    assert len(of_type(pair.at, RecordReceived)) == 8
+
+
+# -- (9) the control stream ------------------------------------------------------------------------------
+
+
+def test_a_full_control_stream_holds_receipts_back_and_loses_none() -> None:
+    pair = Pair()
+    for number in range(1, 4):
+        pair.device.send_record(TELEMETRY, record(pair.source, number))
+    pair.run()
+    pair.right.control_room = 0
+    pair.gateway.refuse(TELEMETRY, 0, RefusedCode.FULL)
+    pair.gateway.settle(TELEMETRY, 1, custody=True)
+    pair.gateway.flush()
+    pair.gateway.settle(TELEMETRY, 2, custody=True)
+    pair.gateway.flush()
+    pair.run()
+    assert pair.back == []
+    assert pair.gateway.statistics().control_backlog > 0
+    pair.right.control_room = 1000
+    pair.run()
+    assert [type(event) for event in pair.back] == [RefusedReceived, ReceiptReceived]
+    assert pair.gateway.statistics().receipts_sent == 1
+
+
+def test_a_peer_that_does_not_read_its_control_stream_is_closed() -> None:
+    pair = Pair()
+    pair.right.control_room = 0
+    for _ in range(100):
+        pair.gateway.send(Status({"cause": "x" * 12_000}))
+    assert of_type(pair.run(), LinkClosed)[0].code is ErrorCode.LIMIT
+
+
+# -- the end ---------------------------------------------------------------------------------------------
+
+
+def test_after_the_end_every_call_is_allowed() -> None:
+    pair = Pair()
+    pair.device.send_record(TELEMETRY, record(pair.source, 1))
+    (event,) = of_type(pair.run(), RecordReceived)
+    pair.device.close(ErrorCode.GOING_AWAY, "1500", 0.0)
+    assert pair.run() == [LinkClosed(ErrorCode.GOING_AWAY, "1500", by_peer=True)]
+    gateway = pair.gateway
+    gateway.settle(TELEMETRY, 0, custody=True)
+    gateway.in_custody(TELEMETRY, 0)
+    gateway.refuse(TELEMETRY, 0, RefusedCode.FULL)
+    gateway.flush()
+    gateway.send(Status({}))
+    gateway.close(ErrorCode.NO_ERROR, "", 0.0)
+    assert gateway.admit(event)
+    assert gateway.send_record(TELEMETRY, record(pair.store, 1)) == 0
+    assert gateway.lane_room(TELEMETRY) == 0
+    assert gateway.check(99.0) == []
+    assert pair.run() == []
