@@ -1,13 +1,31 @@
 """The management API: one table of versioned JSON endpoints over mutual TLS, and a stream of events.
 
-(1) Nobody is served without a certificate of an operator: URI SAN stp-operator://<domain>/<name>?role=<role>.
-(2) Every change an operator makes stands in the log with the operator's name.
+(1) Nobody is served without a certificate of an operator: URI SAN stp-operator://<domain>/<name>?role=<role>,
+    signed by an anchor of ours, for our domain, not revoked. A node's certificate, though signed by the same
+    anchor, opens nothing.
+(2) A role may do what the table says, and what lesser roles may.
+(3) Every change an operator makes, or is refused, stands in the log with the operator's name.
+(4) Before TLS has proved who is there, a connection costs one of MAX_UNAUTHENTICATED places and TLS_TIMEOUT.
+(5) A client that breaks, or a handler that raises, ends its connection and nothing else.
+(6) A watcher of events that is slow misses some and is told how many; the daemon never waits for it.
 """
 
-from collections.abc import Awaitable
-from typing import Protocol, TypeAlias, TypeVar
+import inspect
+import json
+import os
+import ssl
+from collections.abc import Awaitable, Callable
+from enum import IntEnum
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
+from urllib.parse import parse_qs, unquote, urlsplit
 
-from stpd.events import EventWatcher
+import structlog
+import trio
+from attrs import Factory, define
+
+from stpd import httpd
+from stpd.events import EventWatcher, TooManyWatchersError
+from stpd.httpd import Request, RequestError, Response, json_response
 from stpd.status import (
     BufferStatus,
     DaemonStatus,
@@ -19,7 +37,24 @@ from stpd.status import (
     ReloadReport,
     SessionStatus,
     UpstreamStatus,
+    to_dict,
 )
+
+log = structlog.get_logger("stpd.api")
+
+MAX_UNAUTHENTICATED: Final = 64
+"""Connections in the middle of their TLS handshake (4)."""
+MAX_UNAUTHENTICATED_PER_ADDRESS: Final = 16
+MAX_CONNECTIONS: Final = 128
+"""Connections of operators."""
+TLS_TIMEOUT: Final = 10.0
+"""Seconds for a TLS handshake."""
+EVENT_HEARTBEAT: Final = 15.0
+"""Seconds of silence after which a watcher is sent an empty line, so that both sides notice a dead line."""
+MAX_KEY_USES: Final = 1_000_000
+MAX_KEY_TTL: Final = 10 * 365 * 86400.0
+"""Seconds an enrolment key may live."""
+MAX_TAGS: Final = 16
 
 T = TypeVar("T")
 Answer: TypeAlias = T | Awaitable[T]
@@ -87,3 +122,345 @@ class Managed(Protocol):
 
     def events(self) -> EventWatcher:
         """Begin to watch what happens. Raises TooManyWatchersError."""
+
+
+# Operators ---------------------------------------------------------------------------------------------
+
+
+class Role(IntEnum):
+    """What an operator may do; a greater one may do what lesser ones may (2)."""
+
+    VIEWER = 1
+    OPERATOR = 2
+
+
+@define(kw_only=True)
+class Operator:
+    """Who is asking, by certificate."""
+
+    name: str
+    role: Role
+    serial: int
+
+
+class NotAnOperatorError(Exception):
+    """The certificate is genuine and no operator's. The text says what is wrong with it."""
+
+
+def operator_of(certificate: dict[str, Any], domain: str) -> Operator:
+    """Read what `SSLSocket.getpeercert` tells of a verified certificate. Raises NotAnOperatorError (1)."""
+    uris = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "URI"]
+    found = [urlsplit(uri) for uri in uris if uri.startswith("stp-operator://")]
+    if len(uris) != 1 or len(found) != 1:
+        raise NotAnOperatorError("this certificate is not an operator's")
+    uri = found[0]
+    if uri.netloc != domain:
+        raise NotAnOperatorError(f"this operator is of another domain than {domain}")
+    roles = parse_qs(uri.query).get("role", [])
+    name = unquote(uri.path.removeprefix("/"))
+    if len(roles) != 1 or roles[0].upper() not in Role.__members__ or not name:
+        raise NotAnOperatorError("this certificate names no role that is known here: viewer or operator")
+    return Operator(name=name, role=Role[roles[0].upper()], serial=int(certificate["serialNumber"], 16))
+
+
+# The table ---------------------------------------------------------------------------------------------
+
+
+@define(kw_only=True)
+class Call:
+    """One request on its way to its handler."""
+
+    managed: Managed
+    operator: Operator
+    request: Request
+    argument: str = ""
+    """What stood for the {…} in the path."""
+
+
+Handler: TypeAlias = Callable[[Call], Awaitable[Response]]
+
+
+def _view(ask: Callable[[Call], Any]) -> Handler:
+    """A handler that answers with what `ask` finds out."""
+
+    async def handle(call: Call) -> Response:
+        return json_response(to_dict(await _answer(ask(call))))
+
+    return handle
+
+
+def _change(ask: Callable[[Call], Any]) -> Handler:
+    """A handler that does something and has nothing to tell."""
+
+    async def handle(call: Call) -> Response:
+        await _answer(ask(call))
+        return json_response({"done": True})
+
+    return handle
+
+
+async def _answer(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value
+
+
+async def _create_key(call: Call) -> Response:
+    role, uses, ttl_s, tags = _key_wishes(call.request.json())
+    key = await _answer(call.managed.keys_create(role, uses, ttl_s, tags))
+    return json_response(to_dict(key), 201)
+
+
+def _key_wishes(body: Any) -> tuple[str, int, float, list[str]]:
+    """Read {"role", "uses", "ttl_s", "tags"}. Raises RequestError."""
+    hint = 'send {"role": "gateway", "uses": 1, "ttl_s": 86400, "tags": []}'
+    if not isinstance(body, dict) or body.keys() - {"role", "uses", "ttl_s", "tags"}:
+        raise RequestError(400, "bad_request", "the body is not what this needs", hint)
+    role, uses = body.get("role"), body.get("uses", 1)
+    ttl_s, tags = body.get("ttl_s", 86400), body.get("tags", [])
+    good = (
+        isinstance(role, str)
+        and 0 < len(role) <= 32
+        and type(uses) is int
+        and 0 <= uses <= MAX_KEY_USES
+        and type(ttl_s) in (int, float)
+        and 0 <= ttl_s <= MAX_KEY_TTL
+        and isinstance(tags, list)
+        and len(tags) <= MAX_TAGS
+        and all(isinstance(tag, str) and 0 < len(tag) <= 64 for tag in tags)
+    )
+    if not good:
+        raise RequestError(400, "bad_request", "a value is missing, of the wrong kind or out of range", hint)
+    assert isinstance(role, str)
+    return role, uses, float(ttl_s), tags
+
+
+async def _watch_events(call: Call) -> Response:
+    try:
+        watcher = call.managed.events()
+    except TooManyWatchersError as exc:
+        raise RequestError(503, "busy", str(exc), "end another `stpctl events -f` first") from None
+    return Response(content_type="application/x-ndjson", stream=lambda send: _send_events(watcher, send))
+
+
+async def _send_events(watcher: EventWatcher, send: httpd.Send) -> None:
+    """Send events until the client leaves or the daemon stops (6)."""
+    try:
+        await send(b"\n")
+        while True:
+            line = b"\n"
+            with trio.move_on_after(EVENT_HEARTBEAT):
+                line = json.dumps(to_dict(await watcher.receive())).encode() + b"\n"
+            await send(line)
+    finally:
+        watcher.close()
+
+
+# (method, path) -> (least role, handler). The whole management API, on one screen.
+HANDLERS: Final[dict[tuple[str, str], tuple[Role, Handler]]] = {
+    ("GET", "/v1/status"): (Role.VIEWER, _view(lambda c: c.managed.status())),
+    ("GET", "/v1/sessions"): (Role.VIEWER, _view(lambda c: c.managed.sessions())),
+    ("GET", "/v1/sessions/{id}"): (Role.VIEWER, _view(lambda c: c.managed.session(c.argument))),
+    ("DELETE", "/v1/sessions/{id}"): (Role.OPERATOR, _change(lambda c: c.managed.kick(c.argument))),
+    ("GET", "/v1/edges"): (Role.VIEWER, _view(lambda c: c.managed.edges())),
+    ("GET", "/v1/upstreams"): (Role.VIEWER, _view(lambda c: c.managed.upstreams())),
+    ("GET", "/v1/readers"): (Role.VIEWER, _view(lambda c: c.managed.readers())),
+    ("DELETE", "/v1/readers/{name}"): (Role.OPERATOR, _change(lambda c: c.managed.remove_reader(c.argument))),
+    ("GET", "/v1/buffer"): (Role.VIEWER, _view(lambda c: c.managed.buffer())),
+    ("GET", "/v1/ledger"): (Role.VIEWER, _view(lambda c: c.managed.ledger())),
+    ("GET", "/v1/keys"): (Role.VIEWER, _view(lambda c: c.managed.keys_list())),
+    ("POST", "/v1/keys"): (Role.OPERATOR, _create_key),
+    ("DELETE", "/v1/keys/{id}"): (Role.OPERATOR, _change(lambda c: c.managed.keys_revoke(c.argument))),
+    ("POST", "/v1/reload"): (Role.OPERATOR, _view(lambda c: c.managed.reload())),
+    ("POST", "/v1/drain"): (Role.OPERATOR, _change(lambda c: c.managed.drain())),
+    ("GET", "/v1/events"): (Role.VIEWER, _watch_events),
+}
+
+
+def find(method: str, path: str) -> tuple[Role, Handler, str]:
+    """The row for a request, and what stands for its {…}. Raises RequestError: 404, or 405."""
+    head, _, tail = path.rpartition("/")
+    allowed = []
+    for (wanted, pattern), (role, handler) in HANDLERS.items():
+        stem, _, last = pattern.rpartition("/")
+        variable = last.startswith("{")
+        if pattern == path or (variable and stem == head and tail):
+            if wanted == method:
+                return role, handler, tail if variable else ""
+            allowed.append(wanted)
+    if allowed:
+        hint = "allowed: " + ", ".join(allowed)
+        raise RequestError(405, "method_not_allowed", f"{method} is not for {path[:100]}", hint)
+    raise RequestError(404, "no_such_path", f"there is no {path[:100]}", "paths begin with /v1/")
+
+
+# The server --------------------------------------------------------------------------------------------
+
+
+@define(kw_only=True)
+class ApiStatistics(httpd.ServerStatistics):
+    """Counters since the start."""
+
+    not_operators: int = 0
+    """Connections with a genuine certificate that is no operator's."""
+    denied: int = 0
+    """Requests beyond the operator's role."""
+
+
+@define(eq=False, kw_only=True)
+class ManagementServer:
+    """Makes operators out of connections and answers out of the table."""
+
+    managed: Managed
+    context: Callable[[], ssl.SSLContext]
+    """Asked for every connection, so that a reload holds from the next one on; see `make_context`."""
+    domain: str
+    is_revoked: Callable[[int], bool] = lambda serial: False
+    """By serial number; asked for every request."""
+    statistics: ApiStatistics = Factory(ApiStatistics)
+    _waiting: dict[str, int] = Factory(dict)
+
+    async def serve(
+        self, host: str, port: int, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Listen and serve until cancelled; started with the address in use. Raises OSError if it cannot bind."""
+        listeners = await httpd.open_listener(host, port, "management")
+        task_status.started(httpd.address_text(listeners[0].socket.getsockname()))
+        await httpd.serve_forever(listeners, self._connection, self._fault)
+
+    def _fault(self, exc: BaseException) -> None:
+        self.statistics.failed += 1
+        log.error("connection_failed", exc_info=exc)
+
+    async def _connection(self, raw: trio.SocketStream) -> None:
+        stats = self.statistics
+        stats.accepted += 1
+        address = str(raw.socket.getpeername()[0])
+        waiting = self._waiting.get(address, 0)
+        if (
+            sum(self._waiting.values()) >= MAX_UNAUTHENTICATED
+            or waiting >= MAX_UNAUTHENTICATED_PER_ADDRESS
+            or stats.open >= MAX_CONNECTIONS
+        ):
+            stats.refused_busy += 1
+            return
+        self._waiting[address] = waiting + 1
+        try:
+            stream = await self._handshake(raw, address)
+        finally:
+            self._waiting[address] -= 1
+            if not self._waiting[address]:
+                del self._waiting[address]
+        if stream is None:
+            return
+        stats.open += 1
+        try:
+            await self._operate(stream, address)
+        finally:
+            stats.open -= 1
+            with trio.move_on_after(httpd.CLOSE_TIMEOUT, shield=True):
+                await stream.aclose()
+
+    async def _handshake(
+        self, raw: trio.SocketStream, address: str
+    ) -> trio.SSLStream[trio.SocketStream] | None:
+        stream = trio.SSLStream(raw, self.context(), server_side=True, https_compatible=True)
+        try:
+            with trio.fail_after(TLS_TIMEOUT):
+                await stream.do_handshake()
+        except (trio.TooSlowError, *httpd.GONE) as exc:
+            self.statistics.failed_tls += 1
+            log.info("operator_refused", address=address, reason=_tls_reason(exc))
+            return None
+        return stream
+
+    async def _operate(self, stream: trio.SSLStream[trio.SocketStream], address: str) -> None:
+        certificate: dict[str, Any] = stream.getpeercert()
+        http = httpd.Connection(stream, self._fault)
+        try:
+            operator = operator_of(certificate, self.domain)
+        except NotAnOperatorError as exc:
+            self.statistics.not_operators += 1
+            log.warning("operator_refused", address=address, reason=str(exc))
+            refusal = RequestError(403, "not_an_operator", str(exc), "use the bundle that stpd init made")
+
+            async def refuse(_: Request) -> Response:
+                raise refusal
+
+            await http.serve(refuse)
+            return
+
+        async def respond(request: Request) -> Response:
+            return await self._respond(operator, request)
+
+        await http.serve(respond)
+
+    async def _respond(self, operator: Operator, request: Request) -> Response:
+        self.statistics.requests += 1
+        try:
+            response = await self._dispatch(operator, request)
+        except RequestError as error:
+            self._audit(operator, request, error.status)
+            raise
+        self._audit(operator, request, response.status)
+        return response
+
+    def _audit(self, operator: Operator, request: Request, status: int) -> None:
+        if request.method not in ("GET", "HEAD"):  # (3)
+            log.info(
+                "operator_change",
+                operator=operator.name,
+                role=operator.role.name.lower(),
+                method=request.method,
+                path=request.path,
+                status=status,
+            )
+
+    async def _dispatch(self, operator: Operator, request: Request) -> Response:
+        if self.is_revoked(operator.serial):
+            raise RequestError(403, "revoked", "this operator's certificate was revoked", "ask for a new one")
+        role, handler, argument = find(request.method, request.path)
+        if operator.role < role:
+            self.statistics.denied += 1
+            message = (
+                f"this needs the role {role.name.lower()}; {operator.name} is {operator.role.name.lower()}"
+            )
+            raise RequestError(403, "forbidden", message, "ask somebody with that role")
+        call = Call(managed=self.managed, operator=operator, request=request, argument=argument)
+        try:
+            with trio.fail_after(httpd.REQUEST_TIMEOUT):
+                return await handler(call)
+        except NotFoundError as exc:
+            raise RequestError(404, "not_found", str(exc), "list them first") from None
+        except RefusedError as exc:
+            raise RequestError(409, "refused", str(exc)) from None
+        except trio.TooSlowError:
+            message = f"no answer within {httpd.REQUEST_TIMEOUT:.0f} s"
+            raise RequestError(504, "timeout", message, "look at the daemon's log") from None
+
+
+def _tls_reason(exc: BaseException) -> str:
+    """Why a handshake failed, for the log."""
+    cause = exc.__cause__
+    if isinstance(exc, trio.TooSlowError):
+        return "the TLS handshake took too long"
+    if isinstance(cause, ssl.SSLError):
+        return str(getattr(cause, "verify_message", "") or cause.reason or "TLS failed")
+    return "the connection broke in the TLS handshake"
+
+
+def make_context(chain_pem: bytes, key_pem: bytes, anchors_pem: bytes) -> ssl.SSLContext:
+    """TLS 1.3 with certificates on both sides. Raises ssl.SSLError where they do not fit together.
+
+    No tickets: a resumed session would skip the look at the certificate. The key passes through memory only.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.num_tickets = 0
+    context.load_verify_locations(cadata=anchors_pem.decode("ascii"))
+    fd = os.memfd_create("management-identity")
+    try:
+        os.write(fd, key_pem + b"\n" + chain_pem)
+        context.load_cert_chain(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
+    return context
