@@ -93,6 +93,7 @@ def init_hub(
     domain: str = "stp.internal",
     operator: str = "admin",
     addresses: Addresses | None = None,
+    state: str = STATE,
     context: bool = True,
 ) -> Done:
     """Make a CA, the first hub of `domain`, an operator for stpctl, a configuration. Raises EnrolError."""
@@ -106,7 +107,7 @@ def init_hub(
     _check_free([directory / file for file in mine] + ([saved] if saved else []))
     authority = CertificateAuthority.create(domain)
     try:
-        _make_directory(directory)
+        _make_directory(directory, state)
         authority.save(directory)
         key = enrol.new_key()
         leaf = authority.issue(key.public_key(), domain, name, answers=True)
@@ -123,7 +124,7 @@ def init_hub(
         if saved is not None:
             saved.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_atomically(saved, found)
-        _write_config(directory / HUB_CONFIG, templates.HUB, name, addresses)
+        _write_config(directory / HUB_CONFIG, templates.HUB, name, addresses, state=state)
     except OSError as exc:
         raise _cannot_write(exc) from exc
     enrol_port = split_address(addresses.enrol)[1] if addresses.enrol else ENROL_PORT
@@ -143,6 +144,7 @@ def join_gateway(
     directory: str | Path,
     *,
     addresses: Addresses | None = None,
+    state: str = STATE,
 ) -> Done:
     """Enrol this machine as a gateway and write its configuration. Raises EnrolError.
 
@@ -156,7 +158,7 @@ def join_gateway(
     path, config = directory / IDENTITY, directory / GATEWAY_CONFIG
     _check_free([path, config])
     try:
-        _make_directory(directory)
+        _make_directory(directory, state)
     except OSError as exc:
         raise _cannot_write(exc) from exc
     pending = directory / f"{IDENTITY}.joining"
@@ -167,7 +169,13 @@ def join_gateway(
         # (3) the identity first: if the disk fills now, the same token and key are good for another try
         write_atomically(path, grant.bundle(enrol.key_pem(key)))
         _write_config(
-            config, templates.GATEWAY, name, addresses, forward=forward, upstream=grant.upstream.url
+            config,
+            templates.GATEWAY,
+            name,
+            addresses,
+            state=state,
+            forward=forward,
+            upstream=grant.upstream.url,
         )
         pending.unlink(missing_ok=True)
     except OSError as exc:
@@ -300,9 +308,11 @@ def _check_free(paths: Sequence[Path]) -> None:
             )
 
 
-def _make_directory(directory: Path) -> None:
+def _make_directory(directory: Path, state: str) -> None:
+    """An absolute state directory is somebody else's to make: systemd's, with another owner."""
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    (directory / STATE).mkdir(exist_ok=True, mode=0o700)
+    if not os.path.isabs(state):
+        (directory / state).mkdir(parents=True, exist_ok=True, mode=0o700)
 
 
 def _write_config(path: Path, template: str, name: str, addresses: Addresses, **more: str) -> None:

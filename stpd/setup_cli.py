@@ -6,6 +6,8 @@ code of sysexits.h.
 
 from __future__ import annotations
 
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Final, NoReturn, TypeVar
@@ -24,8 +26,10 @@ def _fail(exc: EnrolError) -> NoReturn:
 
 
 def _addresses(command: F) -> F:
-    """Options for where the new node listens."""
+    """Options for where the new node listens and keeps its state."""
     defaults = setup.Addresses()
+    state_help = "What must survive a restart; /var/lib/stpd-hub or -gateway for the shipped units."
+    command = click.option("--state", default=setup.STATE, show_default=True, help=state_help)(command)
     for option, default, text in (
         ("--health", defaults.health, "Plain HTTP: /health, /ready, /metrics."),
         ("--management", defaults.management, "HTTPS for stpctl."),
@@ -70,12 +74,19 @@ def init_hub(
     enrol: str,
     management: str,
     health: str,
+    state: str,
 ) -> None:
     """Make a CA, a hub, an operator and a configuration."""
     addresses = setup.Addresses(udp=listen, enrol=enrol, management=management, health=health)
     try:
         done = setup.init_hub(
-            name, directory, domain=domain, operator=operator, addresses=addresses, context=not no_context
+            name,
+            directory,
+            domain=domain,
+            operator=operator,
+            addresses=addresses,
+            state=state,
+            context=not no_context,
         )
     except EnrolError as exc:
         _fail(exc)
@@ -93,12 +104,20 @@ def init_hub(
 )
 @_addresses
 def join(
-    token: str, hub: str, name: str, directory: str, listen: str, enrol: str, management: str, health: str
+    token: str,
+    hub: str,
+    name: str,
+    directory: str,
+    listen: str,
+    enrol: str,
+    management: str,
+    health: str,
+    state: str,
 ) -> None:
     """Let this machine into a fleet as a gateway, with a TOKEN from `stpctl keys create`."""
     addresses = setup.Addresses(udp=listen, enrol=enrol, management=management, health=health)
     try:
-        done = setup.join_gateway(token, hub, name, directory, addresses=addresses)
+        done = setup.join_gateway(token, hub, name, directory, addresses=addresses, state=state)
     except EnrolError as exc:
         _fail(exc)
     _report(done, f"Joined as {name}")
@@ -108,7 +127,10 @@ def join(
 @click.option("--config", required=True, type=click.Path(dir_okay=False), help="The daemon's configuration.")
 @click.option("--host", metavar="HOST[:PORT]", help="Who signs; by default the node above this one.")
 @click.option("--force", is_flag=True, help="Renew although it is not due.")
-def renew(config: str, host: str | None, force: bool) -> None:
+@click.option(
+    "--then", metavar="COMMAND", help="Run this after a renewal, and only then; its exit code is ours."
+)
+def renew(config: str, host: str | None, force: bool, then: str | None) -> None:
     """Renew this daemon's certificate when a third of its life is left, or when it has lapsed."""
     try:
         done = setup.renew(config, host=host, force=force)
@@ -118,8 +140,10 @@ def renew(config: str, host: str | None, force: bool) -> None:
     click.echo(
         f"{done.file}: {state}, good until {done.not_after:%Y-%m-%d} ({setup.days_left(done.not_after)} days)"
     )
+    if done.renewed and then:
+        sys.exit(subprocess.run(shlex.split(then), check=False).returncode)
     if done.renewed:
-        click.echo("  put it in force: systemctl reload stpd-hub or stpd-gateway, or stpctl reload")
+        click.echo("  put it in force: stpctl reload; under the shipped units systemctl restart")
 
 
 COMMANDS: Final[tuple[click.Command, ...]] = (init, join, renew)

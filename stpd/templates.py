@@ -13,7 +13,8 @@ HUB: Final = """\
 # Relative paths are relative to this file.
 
 role = "hub"
-state_dir = "state"
+# What must survive a restart. Under systemd with DynamicUser: /var/lib/stpd-…
+state_dir = "{state}"
 
 # Key and certificate; the key that the fleet's handshakes are hidden by.
 identity = ["identity.pem", "network.key"]
@@ -74,7 +75,8 @@ GATEWAY: Final = """\
 # Relative paths are relative to this file.
 
 role = "gateway"
-state_dir = "state"
+# What must survive a restart. Under systemd with DynamicUser: /var/lib/stpd-…
+state_dir = "{state}"
 
 # Key, certificate, the fleet's CA and network key. `stpd renew --config gateway.toml` replaces it.
 identity = ["identity.pem"]
