@@ -1,0 +1,353 @@
+"""The UDP carrier: one socket, one Endpoint, no decisions.
+
+(1) One wake-up drains the socket, turns timers, tells the owner which sessions are ready, sends what is due.
+(2) Nothing is awaited per datagram. A send that would block waits beside reception, and nothing more is asked
+    of the endpoint until it went.
+(3) Segmentation offload (GSO, GRO) is an accelerator: without it, or when it fails, datagrams go singly.
+(4) A datagram the kernel refuses is lost and counted by errno; recovery sends again what mattered.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import trio
+from attrs import define, field
+
+if TYPE_CHECKING:
+    from stp.core.dataspace import Transmit
+    from stp.core.endpoint import Endpoint
+    from stp.core.session import Session
+
+Address: TypeAlias = tuple[str, int] | tuple[str, int, int, int]
+
+RECEIVE_BUFFER: Final = 8 * 1024 * 1024
+"""Bytes asked of the kernel; at the default two thirds of a full-rate burst are lost on loopback."""
+SEND_BUFFER: Final = 4 * 1024 * 1024
+DATAGRAM_BUFFER: Final = 65_536
+"""Bytes: the largest GRO buffer and the largest UDP datagram."""
+DRAIN_LIMIT: Final = 64
+"""Buffers read in one wake-up before timers and sends get their turn."""
+RESOLVE_TIMEOUT: Final = 5.0
+"""Seconds that a name may take."""
+
+# linux/udp.h, linux/in.h, linux/in6.h: Python names none of these
+SOL_UDP: Final = 17
+UDP_SEGMENT: Final = 103
+UDP_GRO: Final = 104
+SO_RCVBUFFORCE: Final = 33
+SO_SNDBUFFORCE: Final = 32
+IP_MTU_DISCOVER: Final = 10
+IPV6_MTU_DISCOVER: Final = 23
+PMTUDISC_PROBE: Final = 3
+"""Set DF, ignore what the kernel believes of the path: packet size is the session's business (RFC 8899)."""
+
+_U16: Final = struct.Struct("=H")
+_INT: Final = struct.Struct("=i")
+_CONTROL_SPACE: Final = socket.CMSG_SPACE(_INT.size)
+_OFFLOAD_ERRORS: Final = frozenset((errno.EIO, errno.EINVAL, errno.EMSGSIZE))
+
+
+@define
+class UdpStatistics:
+    """Counts since bind; sizes in bytes."""
+
+    rx_buffers: int = 0
+    """Receive calls that brought something: with GRO one brings many datagrams."""
+    rx_datagrams: int = 0
+    rx_bytes: int = 0
+    tx_sends: int = 0
+    tx_datagrams: int = 0
+    tx_bytes: int = 0
+    tx_blocked: int = 0
+    gso: bool = False
+    gro: bool = False
+    receive_buffer: int = 0
+    """What the kernel granted of RECEIVE_BUFFER."""
+    send_buffer: int = 0
+    errors: dict[str, int] = field(factory=dict)
+    """Sends and receives that failed, by errno name."""
+
+
+class UdpCarrier:
+    """Moves datagrams between one socket and one endpoint. Make it with `bind`, then keep `run` running.
+
+    `on_ready(session)` is called, in the trio thread, for every session with something new; what it raises
+    ends `run`. After it returns, what it queued is sent.
+    """
+
+    def __init__(self, sock: socket.socket, endpoint: Endpoint, on_ready: Callable[[Session], None]) -> None:
+        self._sock = sock
+        self._endpoint = endpoint
+        self._on_ready = on_ready
+        self._buffer = bytearray(DATAGRAM_BUFFER)
+        self._view = memoryview(self._buffer)
+        self._wakeup = trio.Event()
+        self._timer = trio.CancelScope()
+        self._blocked: deque[Transmit] = deque()
+        self._nursery: trio.Nursery | None = None
+        self._closed = False
+        self._statistics = UdpStatistics()
+        _prepare(sock, self._statistics)
+
+    @classmethod
+    async def bind(
+        cls, endpoint: Endpoint, host: str = "0.0.0.0", port: int = 0, *, on_ready: Callable[[Session], None]
+    ) -> UdpCarrier:
+        """A carrier on that local address; port 0 takes a free one, "::" takes IPv4 too.
+
+        Raises OSError, with the address in its text.
+        """
+        try:
+            found = await trio.socket.getaddrinfo(
+                host, port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
+            )
+            family, _, _, _, address = found[0]
+            sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+            try:
+                if family == socket.AF_INET6:
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if host == "::" else 1)
+                sock.bind(address)
+            except BaseException:
+                sock.close()
+                raise
+        except OSError as exc:
+            raise OSError(exc.errno, f"cannot listen on UDP {host} port {port}: {exc.strerror}") from exc
+        return cls(sock, endpoint, on_ready)
+
+    @property
+    def local_address(self) -> Address:
+        address: Address = self._sock.getsockname()
+        return address
+
+    def statistics(self) -> UdpStatistics:
+        """Live counters: read, do not keep."""
+        return self._statistics
+
+    async def resolve(self, host: str, port: int) -> Address:
+        """An address that this socket can send to. Raises OSError, also when the name takes over 5 s."""
+        family = self._sock.family
+        flags = socket.AI_V4MAPPED if family == socket.AF_INET6 else 0
+        with trio.move_on_after(RESOLVE_TIMEOUT):
+            try:
+                found = await trio.socket.getaddrinfo(
+                    host, port, family=family, type=socket.SOCK_DGRAM, flags=flags
+                )
+            except OSError as exc:
+                raise OSError(exc.errno, f"cannot resolve {host}: {exc.strerror}") from exc
+            return _ip_address(found[0][4])
+        raise OSError(errno.ETIMEDOUT, f"cannot resolve {host}: no answer in {RESOLVE_TIMEOUT:.0f} s")
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Carries until cancelled or closed."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._receive_loop)
+                nursery.start_soon(self._timer_loop)
+                task_status.started()
+        finally:
+            self._nursery = None
+
+    def wake(self) -> None:
+        """Something was queued on a session: look at it soon. Cheap, idempotent, trio thread only."""
+        self._wakeup.set()
+
+    def close(self) -> None:
+        """Sends what is due (a CLOSE, as a rule) and closes the socket; `run` returns."""
+        if self._closed:
+            return
+        self._flush(trio.current_time())
+        self._closed = True
+        trio.lowlevel.notify_closing(self._sock)
+        self._sock.close()
+        self._wakeup.set()
+        if self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
+
+    async def aclose(self) -> None:
+        self.close()
+        await trio.lowlevel.checkpoint()
+
+    # -- the two loops
+
+    async def _receive_loop(self) -> None:
+        while not self._closed:
+            try:
+                await trio.lowlevel.wait_readable(self._sock)
+            except trio.ClosedResourceError:
+                return
+            now = trio.current_time()
+            self._drain(now)
+            self._turn(now)
+            due = self._endpoint.next_timeout()
+            if due is not None and due < self._timer.deadline:
+                self._timer.deadline = due
+
+    async def _timer_loop(self) -> None:
+        while not self._closed:
+            due = self._endpoint.next_timeout()
+            self._timer = trio.CancelScope(deadline=float("inf") if due is None else due)
+            with self._timer:
+                await self._wakeup.wait()
+            if self._wakeup.is_set():
+                self._wakeup = trio.Event()
+            self._turn(trio.current_time())
+
+    def _turn(self, now: float) -> None:
+        """Timers, owners, sends (1)."""
+        endpoint = self._endpoint
+        due = endpoint.next_timeout()
+        if due is not None and due <= now:
+            endpoint.handle_timeout(now)
+        for session in endpoint.take_ready():
+            self._on_ready(session)
+        if not self._closed:
+            self._flush(now)
+
+    # -- the socket
+
+    def _drain(self, now: float) -> None:
+        sock, view, counts, receive = self._sock, self._view, self._statistics, self._endpoint.receive
+        buffers = [self._buffer]
+        for _ in range(DRAIN_LIMIT):
+            try:
+                size, control, _, address = sock.recvmsg_into(buffers, _CONTROL_SPACE)
+            except BlockingIOError:
+                return
+            except OSError as exc:
+                self._count_error(exc)
+                continue
+            segment = _INT.unpack_from(control[0][2])[0] if control else 0
+            counts.rx_buffers += 1
+            counts.rx_bytes += size
+            if 0 < segment < size:
+                counts.rx_datagrams += -(-size // segment)
+                receive(view[:size], address, now, segment)
+            else:
+                counts.rx_datagrams += 1
+                receive(view[:size], address, now, 0)
+
+    def _flush(self, now: float) -> None:
+        if self._blocked:
+            return
+        pending = deque(self._endpoint.datagrams_to_send(now))
+        self._send_all(pending)
+
+    def _send_all(self, pending: deque[Transmit]) -> None:
+        while pending:
+            transmit = pending[0]
+            try:
+                if 0 < transmit.segment_size < len(transmit.data):
+                    self._send_burst(transmit)
+                else:
+                    self._send_one(transmit.data, transmit.addr)
+            except BlockingIOError:
+                self._statistics.tx_blocked += 1
+                self._blocked = pending
+                if self._nursery is not None:
+                    self._nursery.start_soon(self._unblock)
+                return
+            pending.popleft()
+
+    async def _unblock(self) -> None:
+        """(2): the rest goes when the kernel has room again."""
+        try:
+            await trio.lowlevel.wait_writable(self._sock)
+        except trio.ClosedResourceError:
+            return
+        pending, self._blocked = self._blocked, deque()
+        self._send_all(pending)
+        if not self._blocked:
+            self._wakeup.set()
+
+    def _send_one(self, data: bytes | memoryview, address: Address) -> bool:
+        """Whether the kernel took it. Raises BlockingIOError."""
+        counts = self._statistics
+        try:
+            self._sock.sendto(data, address)
+        except BlockingIOError:
+            raise
+        except OSError as exc:
+            self._count_error(exc)
+            return False
+        counts.tx_sends += 1
+        counts.tx_datagrams += 1
+        counts.tx_bytes += len(data)
+        return True
+
+    def _send_burst(self, transmit: Transmit) -> None:
+        """Many datagrams of one size to one peer (3). Raises BlockingIOError before anything went."""
+        counts, data, size = self._statistics, transmit.data, transmit.segment_size
+        if counts.gso:
+            try:
+                self._sock.sendmsg([data], [(SOL_UDP, UDP_SEGMENT, _U16.pack(size))], 0, transmit.addr)
+            except BlockingIOError:
+                raise
+            except OSError as exc:
+                self._count_error(exc)
+                if exc.errno not in _OFFLOAD_ERRORS:
+                    return
+            else:
+                counts.tx_sends += 1
+                counts.tx_datagrams += -(-len(data) // size)
+                counts.tx_bytes += len(data)
+                return
+        if self._send_singly(data, size, transmit.addr) and counts.gso:
+            counts.gso = False  # the datagrams were good: it is the offload that fails here
+
+    def _send_singly(self, data: bytes, size: int, address: Address) -> bool:
+        """Whether the kernel took all of them. Once one is away, one that would block counts as lost."""
+        view = memoryview(data)
+        went = True
+        for start in range(0, len(data), size):
+            try:
+                went &= self._send_one(view[start : start + size], address)
+            except BlockingIOError as exc:
+                if start == 0:
+                    raise
+                self._count_error(exc)
+                return False
+        return went
+
+    def _count_error(self, exc: OSError) -> None:
+        name = errno.errorcode.get(exc.errno or 0, "unknown")
+        errors = self._statistics.errors
+        errors[name] = errors.get(name, 0) + 1
+
+
+def _ip_address(found: tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]) -> Address:
+    if isinstance(found[0], int):  # what getaddrinfo gives where Python was built without IPv6
+        raise OSError(errno.EAFNOSUPPORT, "address family not supported")
+    return found
+
+
+def _prepare(sock: socket.socket, counts: UdpStatistics) -> None:
+    """Socket options, each of which a kernel may refuse: what it granted goes into the statistics."""
+    _try_option(sock, socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER) or _try_option(
+        sock, socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER
+    )
+    _try_option(sock, socket.SOL_SOCKET, SO_SNDBUFFORCE, SEND_BUFFER) or _try_option(
+        sock, socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER
+    )
+    # Linux reports twice what it grants, its own bookkeeping included (socket(7)).
+    counts.receive_buffer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+    counts.send_buffer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2
+    if sock.family == socket.AF_INET6:
+        _try_option(sock, socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER, PMTUDISC_PROBE)
+    _try_option(sock, socket.IPPROTO_IP, IP_MTU_DISCOVER, PMTUDISC_PROBE)
+    counts.gso = _try_option(sock, SOL_UDP, UDP_SEGMENT, 1200) and _try_option(sock, SOL_UDP, UDP_SEGMENT, 0)
+    counts.gro = _try_option(sock, SOL_UDP, UDP_GRO, 1)
+
+
+def _try_option(sock: socket.socket, level: int, option: int, value: int) -> bool:
+    try:
+        sock.setsockopt(level, option, value)
+    except OSError:
+        return False
+    return True
