@@ -185,14 +185,12 @@ class Link:
 
     def lane_room(self, lane: int) -> int:
         """Bytes the lane's buffer still takes; 0 before our HELLO is out. While it is > 0 a record may go."""
-        if not self.connected or self.closed is not None:
-            return 0
-        return self.session.room(self._outgoing(lane).stream)
+        return self.session.room(self._outgoing(lane).stream) if self.connected and self._open else 0
 
     def lane_unsent(self, lane: int) -> int:
         """Bytes queued on the lane that have not left once: they wait for credit or for the network."""
         outgoing = self._out.get(lane)
-        return 0 if outgoing is None or self.closed is not None else self.session.unsent(outgoing.stream)
+        return self.session.unsent(outgoing.stream) if outgoing is not None and self._open else 0
 
     def send_record(self, lane: int, record: bytes) -> int:
         """Queue one record whole and return its place. INTRODUCE goes first for a source not introduced yet.
@@ -200,7 +198,7 @@ class Link:
         UsageError before our HELLO is out, and for a source whose node is unknown. After the end the place
         returned means nothing.
         """
-        if self.closed is not None:
+        if not self._open:
             return 0
         if not self.connected:
             raise UsageError("no record can be sent before the session is connected")
@@ -218,7 +216,7 @@ class Link:
         """Queue any control record. A HELLO is ours to send: UsageError."""
         if isinstance(record, control.Hello):
             raise UsageError("the link sends HELLO itself")
-        if self.closed is None:
+        if self._open:
             if not self.connected:
                 raise UsageError("no control record can be sent before the session is connected")
             self._send_control(record)
@@ -257,7 +255,7 @@ class Link:
 
     def flush(self) -> None:
         """Write the coalesced RECEIPTs and give back the credit of what was answered since the last call."""
-        if self.closed is not None or not self.connected:
+        if not self._open or not self.connected:
             return
         self._pump_control()
         # Receipts are cumulative: while others wait, a later one will say more, and the backlog stays small.
@@ -339,13 +337,19 @@ class Link:
             return
         if 0 in self._pending:
             del self._pending[0]
+            ended = self.session.ended(0)
             self._read_control(now, out)
+            if ended:
+                self._on_stream_ended(0)
         if self.peer is None or not self._pending:
             return
         pending = list(self._pending)
         self._pending.clear()
         for stream in pending:
+            ended = self.session.ended(stream)
             self._receiver.read(stream, now, out)
+            if ended:
+                self._on_stream_ended(stream)
 
     # -- control stream --
 
@@ -410,7 +414,14 @@ class Link:
             RefusedReceived(refused.lane, refused.place, refused.code, refused.retry_after_ms, refused.reason)
         )
 
+    @property
+    def _open(self) -> bool:
+        """Neither ended nor about to: a session may be over before its last event was taken."""
+        return self.closed is None and self.session.live
+
     def _send_control(self, record: control.Control) -> None:
+        if not self._open:
+            return
         data = control.encode_control(record)
         if not self._backlog and self.session.room(0) >= len(data):
             self.session.write(0, data)

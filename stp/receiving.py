@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from stp.control import Receipt, Refused
-from stp.core.errors import CorruptError, LimitError, MessageError, ProtocolError, UsageError
+from stp.core.errors import CorruptError, ErrorCode, LimitError, MessageError, ProtocolError, UsageError
 from stp.lanes import LANES, OPENING_BYTES, Incoming, Refusals, Unsettled
 from stp.link_events import (
     LinkEvent,
@@ -104,8 +104,9 @@ class Receiver:
         if not data:
             return
         if data[0] != KIND_LANE:
-            # Its bytes get no credit, so that it stops by itself after one window.
-            self._ignored.add(stream)
+            if not self._session.ended(stream):
+                self._session.stop_stream(stream, ErrorCode.NO_ERROR)
+                self._ignored.add(stream)
             self._stats.streams_ignored += 1
             return
         if len(data) < OPENING_BYTES:

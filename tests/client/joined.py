@@ -34,6 +34,8 @@ class JoinedSession:
         self.credit: dict[int, int] = {}
         self.sent: dict[int, int] = {}
         self.closed: tuple[ErrorCode, str] | None = None
+        self.ends: set[int] = set()
+        self.stopped: set[int] = set()
         self.control_room = 256 * 1024
         self._next_stream = 2 if dialling else 3
 
@@ -59,6 +61,16 @@ class JoinedSession:
         data = bytes(self.inbox[stream])
         self.inbox[stream].clear()
         return data
+
+    def ended(self, stream: int) -> bool:
+        return stream in self.ends
+
+    def stop_stream(self, stream: int, code: int) -> None:
+        self.stopped.add(stream)
+
+    @property
+    def live(self) -> bool:
+        return self.closed is None
 
     def advance_credit(self, stream: int, taken: int) -> None:
         self.credit[stream] = max(taken, self.credit.get(stream, 0))

@@ -208,7 +208,18 @@ def test_a_lane_or_control_stream_that_ends_is_a_protocol_error(ended: type, str
     assert of_type(pair.run(), LinkClosed)[0].code is ErrorCode.PROTOCOL
 
 
-def test_streams_of_an_unknown_kind_are_ignored_and_get_no_credit() -> None:
+@pytest.mark.parametrize("stream", ["control", "lane"])
+def test_a_lane_or_control_stream_with_fin_is_a_protocol_error(stream: str) -> None:
+    pair = Pair()
+    pair.device.send_record(TELEMETRY, record(pair.source, 1))
+    pair.run()
+    pair.device.send_record(TELEMETRY, record(pair.source, 2))
+    pair.device.send(Status({}))
+    pair.right.ends.add(0 if stream == "control" else max(pair.right.inbox))
+    assert of_type(pair.run(), LinkClosed)[0].code is ErrorCode.PROTOCOL
+
+
+def test_streams_of_an_unknown_kind_are_stopped_and_ignored() -> None:
     pair = Pair()
     stream = pair.left.open_stream()
     pair.left.write(stream, b"\x09what is this")
@@ -216,6 +227,7 @@ def test_streams_of_an_unknown_kind_are_ignored_and_get_no_credit() -> None:
     pair.left.write(stream, b"more")
     assert pair.run() == []
     assert stream not in pair.right.credit
+    assert pair.right.stopped == {stream}
     pair.right.events.append(events.StreamReset(stream, 0))
     assert pair.run() == []
     assert pair.gateway.statistics().streams_ignored == 1
