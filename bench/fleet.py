@@ -187,7 +187,7 @@ class Fleet:
 
     def issue(self, name: str, role: str, path: Path, upstream: Node | None) -> Path:
         key = ec.generate_private_key(ec.SECP256R1())
-        leaf = self._ca.issue(key.public_key(), DOMAIN, name, role)  # type: ignore[arg-type]
+        leaf = self._ca.issue(key.public_key(), DOMAIN, name, answers=role != "device")
         parts = [
             private_pem(key).decode(),
             certificate_pem(leaf),
