@@ -199,7 +199,7 @@ def _ask(
             network_key=str(found["network_key"]),
             upstream=Upstream(str(upstream["node"]), str(upstream["url"]), float(found["time"])),
         )
-    except (ValueError, KeyError, TypeError) as exc:
+    except (ValueError, KeyError, TypeError, RecursionError) as exc:
         cause = f"{host}:{port} gave an answer (status {status}) that makes no sense"
         raise EnrolError(cause, "check that both ends run the same version", EX_PROTOCOL) from exc
 

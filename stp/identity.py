@@ -287,7 +287,7 @@ def _upstream(file: str, body: bytes) -> Upstream:
     try:
         found = json.loads(_block(file, LABEL_UPSTREAM, body))
         return Upstream(node=str(found["node"]), url=str(found["url"]), time=float(found.get("time", 0.0)))
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise IdentityError("the upstream block is damaged", "restore the file, or join again", file) from exc
 
 

@@ -69,7 +69,7 @@ class Request:
             return None
         try:
             return json.loads(self.body)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RequestError(400, "bad_request", "the body is not JSON", "send application/json") from None
 
 
