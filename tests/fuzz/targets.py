@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from tests.fuzz import targets_daemon, targets_identity, targets_messages, targets_packets
+from tests.fuzz import targets_daemon, targets_http, targets_identity, targets_messages, targets_packets
 from tests.fuzz.engine import Target
 
 TARGETS: Final[dict[str, Callable[[], Target]]] = {
@@ -23,4 +23,5 @@ TARGETS: Final[dict[str, Callable[[], Target]]] = {
     "strangers": targets_identity.strangers,
     "requests": targets_identity.requests,
     "config": targets_daemon.configuration,
+    "management": targets_http.management,
 }

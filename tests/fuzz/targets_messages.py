@@ -175,7 +175,7 @@ def control() -> Target:
             b"1e999",
             b"NaN",
             b"\\ud800",
-            b"[" * 900,
+            b"[" * 5000,
         ],
         repair=lambda data: (max(len(data) - 4, 0)).to_bytes(4, "big") + data[4:],
     )
