@@ -19,6 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from OpenSSL import SSL
 
 from stp.identity import Identity, Upstream, network_key_pem, upstream_pem
 
@@ -148,6 +149,35 @@ class Kit:
 def shared(domain: str = DOMAIN) -> Kit:
     """One kit per domain for the whole test session."""
     return Kit(domain)
+
+
+def shake(client: SSL.Context, server: SSL.Context) -> tuple[str, str]:
+    """A whole handshake between two contexts over memory. ("", "") or what went wrong on (client, server)."""
+    ends = [SSL.Connection(client, None), SSL.Connection(server, None)]
+    ends[0].set_connect_state()
+    ends[1].set_accept_state()
+    wrong = ["", ""]
+    for _ in range(10):
+        for n, end in enumerate(ends):
+            if not wrong[n]:
+                try:
+                    end.do_handshake()
+                except SSL.WantReadError:
+                    pass
+                except SSL.Error as exc:
+                    wrong[n] = str(exc)
+            try:
+                ends[1 - n].bio_write(end.bio_read(65536))
+            except SSL.WantReadError:
+                pass
+    if not any(wrong):  # the client learns of a refusal only when it reads on
+        try:
+            ends[0].recv(1)
+        except SSL.WantReadError:
+            pass
+        except SSL.Error as exc:
+            wrong[0] = str(exc)
+    return wrong[0], wrong[1]
 
 
 def parts_of(bundle: bytes) -> tuple[tuple[bytes, ...], bytes, tuple[bytes, ...]]:
