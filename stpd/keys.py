@@ -128,6 +128,8 @@ def _load(path: Path, kind: type[T]) -> T:
         found: Any = json.loads(text)
         if found["version"] != 1:
             raise StateFileError(f"{path}: written by a newer version (upgrade stpd)")
+        if found.keys() != attrs.fields_dict(kind).keys():
+            raise KeyError  # (5) a file of another kind would read as an empty one
         return cattrs.structure(found, kind)
     except (ValueError, KeyError, TypeError, cattrs.BaseValidationError) as exc:
         raise StateFileError(f"{path}: damaged (restore it from a backup)") from exc
