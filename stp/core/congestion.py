@@ -1,0 +1,98 @@
+"""How much may be under way, and how fast it leaves: NewReno and pacing (RFC 9002 §7, appendix B). Floor 2.
+
+A controller is asked for `cwnd` and `slow_start` and told of acknowledged and lost bytes; recovery counts what is in
+flight. Another controller needs the same five methods and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+K_INITIAL_WINDOW_PACKETS: Final = 10
+K_INITIAL_WINDOW_BYTES: Final = 14_720
+K_MINIMUM_WINDOW_PACKETS: Final = 2
+K_LOSS_REDUCTION_FACTOR: Final = 0.5
+
+PACING_GAIN: Final = 1.25  # RFC 9002 §7.7
+BURST_TIME: Final = 0.002
+"""Seconds of the pacing rate that one burst may hold (protocol §6)."""
+MIN_BURST_PACKETS: Final = 2
+MAX_BURST_PACKETS: Final = 54
+MAX_BURST_BYTES: Final = 65_000
+"""One GSO send is one IP datagram to the kernel: at most 65,507 bytes."""
+BURST_SHARE: Final = 4
+"""A burst is at most this part of the window."""
+TIMER_GRAIN: Final = 0.001
+"""Seconds: timers of the drivers are no finer, so what is due within one leaves now."""
+CATCH_UP: Final = 0.002
+"""Seconds of pacing credit kept when the timer was late or the application slow."""
+
+
+class NewReno:
+    """RFC 9002 appendix B."""
+
+    __slots__ = ("_packet", "cwnd", "recovery_start", "ssthresh")
+
+    def __init__(self, packet: int) -> None:
+        self._packet = packet
+        self.cwnd = min(
+            K_INITIAL_WINDOW_PACKETS * packet,
+            max(K_INITIAL_WINDOW_BYTES, K_MINIMUM_WINDOW_PACKETS * packet),
+        )
+        """Bytes that may be in flight."""
+        self.ssthresh: float = float("inf")
+        self.recovery_start = -1.0
+
+    @property
+    def slow_start(self) -> bool:
+        return self.cwnd < self.ssthresh
+
+    def on_acked(self, size: int, sent_at: float) -> None:
+        """`size` bytes sent at `sent_at` arrived while the window was in use (RFC 9002 §7.3)."""
+        if sent_at <= self.recovery_start:
+            return
+        if self.cwnd < self.ssthresh:
+            self.cwnd += size
+        else:
+            self.cwnd += self._packet * size // self.cwnd
+
+    def on_congestion(self, sent_at: float, now: float) -> None:
+        """Something sent at `sent_at` was lost: one reduction per round trip (RFC 9002 §7.3.2)."""
+        if sent_at <= self.recovery_start:
+            return
+        self.recovery_start = now
+        self.ssthresh = self.cwnd * K_LOSS_REDUCTION_FACTOR
+        self.cwnd = max(int(self.ssthresh), K_MINIMUM_WINDOW_PACKETS * self._packet)
+
+    def on_persistent_congestion(self) -> None:
+        """RFC 9002 §7.6.2."""
+        self.cwnd = K_MINIMUM_WINDOW_PACKETS * self._packet
+        self.recovery_start = -1.0
+
+
+class Pacer:
+    """Spreads a window over a round trip, in bursts (protocol §6)."""
+
+    __slots__ = ("next_at",)
+
+    def __init__(self) -> None:
+        self.next_at = 0.0
+        """When the next burst may leave; in the past: at once."""
+
+    def may_send(self, now: float) -> bool:
+        return self.next_at <= now + TIMER_GRAIN
+
+    def on_sent(self, size: int, rate: float, now: float) -> None:
+        """A burst of `size` bytes left; `rate` in bytes per second."""
+        self.next_at = max(self.next_at, now - CATCH_UP) + size / rate
+
+
+def pacing_rate(cwnd: int, smoothed_rtt: float) -> float:
+    """Bytes per second (RFC 9002 §7.7)."""
+    return PACING_GAIN * cwnd / max(smoothed_rtt, 1e-6)
+
+
+def burst_packets(rate: float, cwnd: int, packet: int) -> int:
+    """Packets of one burst (protocol §6): two always may go, or the smallest window could not be used."""
+    size = min(int(rate * BURST_TIME), cwnd // BURST_SHARE, MAX_BURST_BYTES)
+    return min(max(size // packet, MIN_BURST_PACKETS), MAX_BURST_PACKETS)

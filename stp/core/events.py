@@ -1,0 +1,85 @@
+"""What a Session tells its owner, a closed union (docs/architecture.md). Treat the values as frozen.
+
+Bytes of a stream are not events: `Session.read` hands them out, `StreamReadable` only says that there are some.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from attrs import define
+
+from stp.core.errors import ErrorCode, LocalCause
+from stp.core.handshake import PeerIdentity
+
+
+@define
+class Connected:
+    """The peer has proven itself to us and we to it: HANDSHAKE_DONE seen, or the client's first DATA opened."""
+
+    peer: PeerIdentity
+
+
+@define
+class StreamOpened:
+    """The peer opened this stream."""
+
+    stream: int
+
+
+@define
+class StreamReadable:
+    """There are bytes to `read`, or the stream came to its end."""
+
+    stream: int
+
+
+@define
+class StreamWritable:
+    """`room` of this stream has come back to WRITABLE_ROOM bytes or more."""
+
+    stream: int
+
+
+@define
+class StreamReset:
+    """The peer gave up sending on this stream; what was not read yet is gone."""
+
+    stream: int
+    code: int
+
+
+@define
+class StreamStopped:
+    """The peer does not want this stream any longer; we have answered with RESET_STREAM."""
+
+    stream: int
+    code: int
+
+
+@define
+class NewToken:
+    """Keep it across restarts: the next handshake with this peer may skip the Retry (protocol §4)."""
+
+    token: bytes
+
+
+@define
+class SessionClosed:
+    """The last event of a session."""
+
+    code: ErrorCode | LocalCause
+    reason: str
+    by_peer: bool
+
+
+Event: TypeAlias = (
+    Connected
+    | StreamOpened
+    | StreamReadable
+    | StreamWritable
+    | StreamReset
+    | StreamStopped
+    | NewToken
+    | SessionClosed
+)

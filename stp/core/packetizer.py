@@ -1,0 +1,237 @@
+"""Seals and opens DATA packets, a burst or a receive buffer at a time (protocol §2, §6). Above streams.
+
+(1) No number is used twice, and none twice with one key: `Sealer.next` only grows.
+(2) A number opens once; what does not open, or opened before, changes nothing but a counter.
+(3) In the two loops there is no object, dict or log line per packet: state is in locals, and bytes in order go
+    straight to their stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from struct import Struct
+from typing import Final
+
+from cryptography.exceptions import InvalidTag
+
+from stp.core.acks import AckTracker
+from stp.core.frames import STREAM_HEAD, STREAM_HEAD_SIZE
+from stp.core.keys import DirectionKeys
+from stp.core.packet import (
+    DATA_BYTE,
+    DATA_HEADER_LENGTH,
+    DATA_OVERHEAD,
+    MAX_PN,
+    whitener,
+)
+from stp.core.recovery import FrameOwner
+from stp.core.streams import RecvStream
+
+BULK_OVERHEAD: Final = DATA_OVERHEAD + STREAM_HEAD_SIZE
+"""Bytes around the stream bytes of a packet that holds nothing else: 46."""
+MIN_SKIP: Final = 256
+MAX_SKIP: Final = 131_072
+"""Packets between two numbers that are left out on purpose (protocol §2)."""
+MAX_SKIPPED: Final = 16
+"""Left-out numbers that are remembered; an ACK of an older one is no use to anybody."""
+
+_HEADER: Final = Struct("!BQQ")  # as packet.DATA_HEADER, the CID as a number
+_MIN_PACKET: Final = DATA_OVERHEAD + 1
+
+
+class PacketBuilder:
+    """The frames of one packet while it is being filled."""
+
+    __slots__ = ("frames", "parts", "room")
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.parts: list[bytes] = []
+        self.frames: list[tuple[FrameOwner, object]] = []
+
+    def add(self, frame: bytes, owner: FrameOwner, token: object) -> bool:
+        """Whether the frame still fitted."""
+        if len(frame) > self.room:
+            return False
+        self.room -= len(frame)
+        self.parts.append(frame)
+        self.frames.append((owner, token))
+        return True
+
+
+class Sealer:
+    """Our packets: keys of the phase, the peer's CID, numbers."""
+
+    __slots__ = ("_encrypt", "_iv", "_pn_key", "_prefix", "_random", "_w", "next", "skip_at", "skipped")
+
+    def __init__(
+        self, keys: DirectionKeys, pn_key: bytes, cid: bytes, random_bytes: Callable[[int], bytes]
+    ) -> None:
+        self._pn_key = pn_key
+        self._random = random_bytes
+        self.next = 0
+        self.skipped: list[int] = []
+        """Numbers left out; an ACK that covers one is a lie."""
+        self.skip_at = 0
+        self._plan_skip()
+        self._encrypt = keys.aead.encrypt
+        self._iv = keys.aead.iv_int
+        self.use_cid(cid)
+
+    def use_cid(self, cid: bytes) -> None:
+        self._prefix = bytes((DATA_BYTE,)) + cid
+        self._w = whitener(self._pn_key, cid)
+
+    def _plan_skip(self) -> None:
+        draw = int.from_bytes(self._random(4), "big")
+        self.skip_at = self.next + MIN_SKIP + draw % (MAX_SKIP - MIN_SKIP + 1)
+
+    def run(self) -> int:
+        """How many packets may be sealed in a row from `next` on, at least one; may leave a number out."""
+        if self.next == self.skip_at:
+            self.skipped.append(self.next)
+            del self.skipped[:-MAX_SKIPPED]
+            self.next += 1
+            self._plan_skip()
+        return self.skip_at - self.next
+
+    def seal(self, frames: bytes) -> bytes:
+        """One packet. Call `run` before."""
+        pn = self.next
+        self.next = pn + 1
+        header = self._prefix + (pn ^ self._w).to_bytes(8, "big")
+        return header + self._encrypt((self._iv ^ pn).to_bytes(12, "big"), frames, header)
+
+    def seal_burst(
+        self, stream: int, offset: int, data: bytes, index: int, length: int, piece: int, fin: bool
+    ) -> bytes:
+        """`length` bytes of `data` from `index` on, cut into packets of `piece` bytes; at most `run` of them."""
+        prefix, w, iv, encrypt = self._prefix, self._w, self._iv, self._encrypt
+        head = STREAM_HEAD.pack
+        pn = self.next
+        parts: list[bytes] = []
+        add = parts.append
+        stop = index + length
+        last = stop - piece  # a packet that starts here or above is the last one
+        while index < last:
+            header = prefix + (pn ^ w).to_bytes(8, "big")
+            add(header)
+            plain = head(4, stream, offset) + data[index : index + piece]
+            add(encrypt((iv ^ pn).to_bytes(12, "big"), plain, header))
+            pn += 1
+            index += piece
+            offset += piece
+        header = prefix + (pn ^ w).to_bytes(8, "big")
+        add(header)
+        plain = head(5 if fin else 4, stream, offset) + data[index:stop]
+        add(encrypt((iv ^ pn).to_bytes(12, "big"), plain, header))
+        self.next = pn + 1
+        return b"".join(parts)
+
+
+class Opener:
+    """The peer's packets: keys of the phase, our CIDs."""
+
+    __slots__ = ("_cid", "_decrypt", "_first", "_iv", "_pn_key", "_w", "current", "failed", "repeated")
+
+    def __init__(self, keys: DirectionKeys, pn_key: bytes, cid: bytes) -> None:
+        self._pn_key = pn_key
+        self._first = DATA_BYTE
+        self._decrypt = keys.aead.decrypt
+        self._iv = keys.aead.iv_int
+        self.failed = 0
+        """Packets to a CID of ours that did not open."""
+        self.repeated = 0
+        """Packets whose number had opened before or lies below the window."""
+        self.use_cid(cid)
+
+    def use_cid(self, cid: bytes) -> None:
+        """The peer's packets come to another CID of ours now."""
+        self.current = cid
+        self._cid = int.from_bytes(cid, "big")
+        self._w = whitener(self._pn_key, cid)
+
+    def _out_of_order(self, pn: int, acks: AckTracker, now: float) -> bool:
+        """A packet opened that is not the next one: note it, unless its number had opened before (2)."""
+        if pn > MAX_PN or not acks.fresh(pn):
+            self.repeated += 1
+            return False
+        if pn < acks.next:
+            acks.on_late(pn)
+        else:
+            acks.on_run(pn, pn + 1, now)
+        return True
+
+    def open_buffer(
+        self, data: bytes, size: int, recv: dict[int, RecvStream], acks: AckTracker, now: float
+    ) -> tuple[int, int, list[tuple[RecvStream, int]], list[bytes], list[bytes]]:
+        """Open a buffer of datagrams of `size` bytes each, the last possibly shorter, all of one source.
+
+        Returns how many opened; how many of these held only bytes in order, which are in their streams now;
+        those streams (`merge` them) with how far their highest offset moved; the plaintexts of the others; the
+        datagrams that are not to the current CID and phase.
+        """
+        header, head = _HEADER.unpack_from, STREAM_HEAD.unpack_from
+        decrypt, iv, cid, first, w = self._decrypt, self._iv, self._cid, self._first, self._w
+        run = expected = acks.next
+        touched: list[tuple[RecvStream, int]] = []
+        rest: list[bytes] = []
+        strange: list[bytes] = []
+        opened = absorbed = 0
+        stream: RecvStream | None = None
+        number, at, limit = -1, -1, 0
+        total = len(data)
+        for start in range(0, total, size):
+            if total - start < _MIN_PACKET:
+                strange.append(data[start:])
+                break
+            kind, to, wire = header(data, start)
+            if to != cid or kind != first:
+                strange.append(data[start : start + size])
+                continue
+            pn = wire ^ w
+            body = start + DATA_HEADER_LENGTH
+            try:
+                plain = decrypt((iv ^ pn).to_bytes(12, "big"), data[body : start + size], data[start:body])
+            except InvalidTag:
+                self.failed += 1
+                continue
+            if pn == expected:
+                expected = pn + 1
+            else:
+                if expected > run:
+                    acks.on_run(run, expected, now)
+                fresh = self._out_of_order(pn, acks, now)
+                run = expected = acks.next
+                if not fresh:
+                    continue
+            opened += 1
+            length = len(plain) - STREAM_HEAD_SIZE
+            if length > 0 and plain[0] == 4:
+                _, wanted, offset = head(plain)
+                if wanted != number:
+                    if stream is not None:
+                        touched.append((stream, _settle(stream, at)))
+                    number, stream = wanted, recv.get(wanted)
+                    at, limit = (-1, 0) if stream is None else (stream.next, stream.limit)
+                if offset == at and length <= limit - at:
+                    stream.chunks.append(plain[STREAM_HEAD_SIZE:])  # type: ignore[union-attr]
+                    at += length
+                    absorbed += 1
+                    continue
+            rest.append(plain)
+        if stream is not None:
+            touched.append((stream, _settle(stream, at)))
+        if expected > run:
+            acks.on_run(run, expected, now)
+        return opened, absorbed, touched, rest, strange
+
+
+def _settle(stream: RecvStream, at: int) -> int:
+    """Write back how far the loop came; by how much the highest offset grew."""
+    stream.next = at
+    grown = at - stream.highest
+    if grown <= 0:
+        return 0
+    stream.highest = at
+    return grown

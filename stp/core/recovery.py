@@ -1,0 +1,356 @@
+"""What is under way, what arrived and what is lost: RFC 9002, with its constants and names. Above floor 2.
+
+(1) A packet that asks for an ACK is in flight until it is acknowledged or declared lost; nothing else counts.
+(2) What was in a packet is told to its owners exactly once: on_acked or on_lost. A probe may ask an owner before
+    that to say it again; owners take it as on_lost and must not mind the later word.
+(3) One object remembers a whole burst; what one lost packet of it held is arithmetic (protocol §6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from stp.core.congestion import NewReno
+
+K_PACKET_THRESHOLD: Final = 3
+K_TIME_THRESHOLD: Final = 9 / 8
+K_GRANULARITY: Final = 0.001
+K_INITIAL_RTT: Final = 0.333
+K_PERSISTENT_CONGESTION_THRESHOLD: Final = 3
+MAX_PROBE_INTERVAL: Final = 1.0
+"""Seconds. A departure from RFC 9002 §6.2.1, which doubles without end: a path that comes back after an outage is
+to be found within about a second, and the dead-peer rule (protocol §8) ends the probing anyway."""
+PROBE_PACKETS: Final = 2  # RFC 9002 §6.2.4
+MAX_BACKOFF: Final = 16
+"""Doublings after which the interval is capped whatever the PTO is."""
+
+
+class FrameOwner(Protocol):
+    """The part that wrote a frame and decides what is still worth saying."""
+
+    def on_acked(self, token: object) -> None: ...
+
+    def on_lost(self, token: object) -> None: ...
+
+
+class BurstOwner(Protocol):
+    """A stream, for bursts of its bytes."""
+
+    def on_range_acked(self, offset: int, length: int, fin: bool) -> None: ...
+
+    def on_range_lost(self, offset: int, length: int, fin: bool) -> None: ...
+
+
+class FrameSink(Protocol):
+    """A packet that is being filled."""
+
+    def add(self, frame: bytes, owner: FrameOwner, token: object) -> bool:
+        """Whether the frame still fitted."""
+
+
+class RttEstimator:
+    """RFC 9002 §5."""
+
+    __slots__ = ("latest", "max_ack_delay", "min", "sampled", "smoothed", "var")
+
+    def __init__(self, initial: float | None = None, max_ack_delay: float = 0.025) -> None:
+        self.max_ack_delay = max_ack_delay
+        """Seconds, the peer's."""
+        self.sampled = initial is not None
+        self.latest = self.min = self.smoothed = K_INITIAL_RTT if initial is None else initial
+        self.var = self.smoothed / 2  # RFC 9002 §5.3
+
+    def on_sample(self, latest: float, ack_delay: float) -> None:
+        """`ack_delay` is what the peer says it waited, seconds."""
+        self.latest = latest
+        if not self.sampled:
+            self.sampled = True
+            self.min = self.smoothed = latest
+            self.var = latest / 2
+            return
+        self.min = min(self.min, latest)
+        ack_delay = min(ack_delay, self.max_ack_delay)
+        adjusted = latest - ack_delay if latest >= self.min + ack_delay else latest
+        self.var = 0.75 * self.var + 0.25 * abs(self.smoothed - adjusted)
+        self.smoothed = 0.875 * self.smoothed + 0.125 * adjusted
+
+    def pto(self) -> float:
+        """Seconds, without backoff (RFC 9002 §6.2.1)."""
+        return self.smoothed + max(4 * self.var, K_GRANULARITY) + self.max_ack_delay
+
+    def loss_delay(self) -> float:
+        """Seconds after which a packet below an acknowledged one is lost (RFC 9002 §6.1.2)."""
+        return max(K_TIME_THRESHOLD * max(self.latest, self.smoothed), K_GRANULARITY)
+
+
+class Sent:
+    """`count` packets first..first+count-1 that left together: a burst of one stream, or one packet of frames."""
+
+    __slots__ = (
+        "count",
+        "fin",
+        "first",
+        "frames",
+        "last_piece",
+        "last_size",
+        "left",
+        "offset",
+        "piece",
+        "size",
+        "stream",
+        "time",
+    )
+
+    first: int
+    count: int
+    time: float
+    size: int  # bytes of each datagram but the last
+    last_size: int
+    left: int  # bit i: packet first + i is in flight
+    stream: BurstOwner | None
+    offset: int
+    piece: int  # stream bytes in each packet but the last
+    last_piece: int
+    fin: bool
+    frames: Sequence[tuple[FrameOwner, object]]
+
+    @classmethod
+    def burst(
+        cls,
+        first: int,
+        count: int,
+        time: float,
+        stream: BurstOwner,
+        offset: int,
+        length: int,
+        piece: int,
+        overhead: int,
+        fin: bool,
+    ) -> Sent:
+        """`length` bytes of `stream` in pieces of `piece`; `overhead` bytes around each."""
+        sent = cls()
+        sent.first, sent.count, sent.time = first, count, time
+        sent.stream, sent.offset, sent.piece, sent.fin = stream, offset, piece, fin
+        sent.last_piece = length - (count - 1) * piece
+        sent.size, sent.last_size = piece + overhead, sent.last_piece + overhead
+        sent.left = (1 << count) - 1
+        sent.frames = ()
+        return sent
+
+    @classmethod
+    def packet(cls, pn: int, time: float, size: int, frames: Sequence[tuple[FrameOwner, object]]) -> Sent:
+        sent = cls()
+        sent.first, sent.count, sent.time, sent.left = pn, 1, time, 1
+        sent.size = sent.last_size = size
+        sent.stream = None
+        sent.offset = sent.piece = sent.last_piece = 0
+        sent.fin = False
+        sent.frames = frames
+        return sent
+
+    def tell(self, bits: int, *, acked: bool) -> int:
+        """Tell the owners of the packets in `bits` and return their bytes. Does not change `left`."""
+        if self.stream is None:
+            for owner, token in self.frames:
+                if acked:
+                    owner.on_acked(token)
+                else:
+                    owner.on_lost(token)
+            return self.size
+        size = 0
+        say = self.stream.on_range_acked if acked else self.stream.on_range_lost
+        while bits:
+            start = (bits & -bits).bit_length() - 1
+            run = bits >> start
+            count = ((run + 1) & ~run).bit_length() - 1
+            bits &= bits + (1 << start)  # the carry clears the run
+            length, wire = count * self.piece, count * self.size
+            ends = start + count == self.count
+            if ends:
+                length += self.last_piece - self.piece
+                wire += self.last_size - self.size
+            say(self.offset + start * self.piece, length, self.fin and ends)
+            size += wire
+        return size
+
+
+class Recovery:
+    """Packets of one session under way (RFC 9002, appendix A)."""
+
+    __slots__ = (
+        "_acked_until",
+        "_loss_at",
+        "app_limited",
+        "congestion",
+        "in_flight",
+        "largest_acked",
+        "last_sent_at",
+        "lost_packets",
+        "probes",
+        "pto_count",
+        "rtt",
+        "sent",
+        "waiting_since",
+    )
+
+    def __init__(self, rtt: RttEstimator, congestion: NewReno) -> None:
+        self.rtt = rtt
+        self.congestion = congestion
+        self.sent: list[Sent] = []
+        """Ascending by number; no entry without a bit left."""
+        self.in_flight = 0
+        self.largest_acked = -1
+        self.last_sent_at = 0.0
+        self.pto_count = 0
+        self.probes = 0
+        """Packets that may leave now whatever the window says."""
+        self.app_limited = True
+        """The window was not used up when the sender last stopped: it must not grow (RFC 9002 §7.8)."""
+        self.waiting_since: float | None = None
+        """Since when packets are under way without an ACK of anything new."""
+        self.lost_packets = 0
+        self._loss_at: float | None = None
+        self._acked_until = -1.0  # latest send time among the acknowledged
+
+    def on_sent(self, sent: Sent) -> None:
+        """Something that asks for an ACK left."""
+        self.sent.append(sent)
+        self.in_flight += (sent.count - 1) * sent.size + sent.last_size
+        self.last_sent_at = sent.time
+        if self.waiting_since is None:
+            self.waiting_since = sent.time
+
+    def on_ack(self, ranges: list[tuple[int, int]], ack_delay: float, now: float) -> bool:
+        """An ACK came: half-open ranges, the highest first. Whether it acknowledged anything new.
+
+        That no number in it was left out or lies ahead of us is the caller's to check.
+        """
+        largest = ranges[0][1] - 1
+        self.largest_acked = max(self.largest_acked, largest)
+        acked_before = self._acked_until
+        at = len(ranges) - 1
+        looked = acked = 0
+        newest: Sent | None = None
+        first_acked_at = float("inf")
+        for sent in self.sent:
+            if sent.first > largest:
+                break
+            looked += 1
+            while ranges[at][1] <= sent.first:
+                at -= 1
+            bits = sent.left & _covered(sent, ranges, at)
+            if not bits:
+                continue
+            sent.left ^= bits
+            size = sent.tell(bits, acked=True)
+            acked += size
+            if not self.app_limited:
+                self.congestion.on_acked(size, sent.time)
+            self._acked_until = max(self._acked_until, sent.time)
+            first_acked_at = min(first_acked_at, sent.time)
+            if bits >> (largest - sent.first) & 1:
+                newest = sent
+        if not acked:
+            return False
+        if newest is not None:
+            self.rtt.on_sample(max(now - newest.time, 1e-6), ack_delay)
+        self.in_flight -= acked
+        self.pto_count = 0
+        self.probes = 0
+        self._detect_lost(now, acked_before, first_acked_at)
+        self.waiting_since = now if self.sent else None
+        return True
+
+    def _detect_lost(self, now: float, after: float, before: float) -> None:
+        """RFC 9002 §6.1. Losses sent between `after` and `before` may make persistent congestion (§7.6)."""
+        self._loss_at = None
+        delay = self.rtt.loss_delay()
+        largest = self.largest_acked
+        keep: list[Sent] = []
+        looked = lost = 0
+        oldest = latest = newest = -1.0
+        for sent in self.sent:
+            if sent.first > largest:
+                break
+            looked += 1
+            below = largest - sent.first  # numbers of this entry below the largest acknowledged
+            if sent.time > now - delay:
+                if sent.left & ((1 << min(below, sent.count)) - 1):
+                    self._loss_at = min(self._loss_at or float("inf"), sent.time + delay)
+                below -= K_PACKET_THRESHOLD - 1
+            bits = sent.left & ((1 << min(max(below, 0), sent.count)) - 1)
+            if bits:
+                sent.left ^= bits
+                lost += sent.tell(bits, acked=False)
+                self.lost_packets += bits.bit_count()
+                newest = sent.time
+                if after < sent.time < before:
+                    oldest = sent.time if oldest < 0.0 else oldest
+                    latest = sent.time
+            if sent.left:
+                keep.append(sent)
+        self.sent[:looked] = keep
+        if not lost:
+            return
+        self.in_flight -= lost
+        self.congestion.on_congestion(newest, now)
+        if self.rtt.sampled and latest - oldest > self.rtt.pto() * K_PERSISTENT_CONGESTION_THRESHOLD:
+            self.congestion.on_persistent_congestion()
+
+    def next_timeout(self) -> float | None:
+        """When `on_timeout` is to be called."""
+        if self._loss_at is not None:
+            return self._loss_at
+        if not self.sent:
+            return None
+        return self.last_sent_at + self.probe_interval()
+
+    def probe_interval(self) -> float:
+        """Seconds from the last packet to the next probe."""
+        pto = self.rtt.pto()
+        return float(min(pto * 2 ** min(self.pto_count, MAX_BACKOFF), max(pto, MAX_PROBE_INTERVAL)))
+
+    def on_timeout(self, now: float) -> None:
+        """The time of `next_timeout` has come."""
+        if self._loss_at is not None and self._loss_at <= now:
+            self._detect_lost(now, now, now)
+            return
+        deadline = self.next_timeout()
+        if deadline is None or deadline > now:
+            return
+        self.pto_count += 1
+        self.probes = PROBE_PACKETS
+        wanted = PROBE_PACKETS
+        for sent in self.sent:  # the oldest, again (RFC 9002 §6.2.4)
+            bits = sent.left
+            while bits and wanted:
+                lowest = bits & -bits
+                sent.tell(lowest, acked=False)
+                bits ^= lowest
+                wanted -= 1
+            if not wanted:
+                break
+
+    def forget(self) -> None:
+        """The session is over: owners hear nothing more."""
+        self.sent.clear()
+        self.in_flight = 0
+        self._loss_at = None
+
+
+def _covered(sent: Sent, ranges: list[tuple[int, int]], at: int) -> int:
+    """The bits of `sent` that ranges `at`, `at` - 1, … cover; ranges[at] ends above sent.first."""
+    first, stop = sent.first, sent.first + sent.count
+    low, high = ranges[at]
+    if low <= first and stop <= high:
+        return (1 << sent.count) - 1
+    bits = 0
+    while low < stop:
+        low, high = max(low, first), min(high, stop)
+        bits |= (1 << (high - low)) - 1 << (low - first)
+        at -= 1
+        if at < 0:
+            break
+        low, high = ranges[at]
+    return bits

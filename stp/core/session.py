@@ -1,0 +1,577 @@
+"""A session: two nodes, their keys, their streams (protocol §4-§9). Above the data space.
+
+The owner calls, in this order: input (`receive_*`, `handle_timeout`, or a command), then `datagrams_to_send`, then
+`next_timeout`; events and stream bytes whenever it likes. An Endpoint does the first three for all its sessions.
+
+(1) The dialling side is connected only by HANDSHAKE_DONE in a DATA packet that opened; the listener by the first
+    DATA packet that opens, after it authorised the peer.
+(2) What is not in TRANSITIONS does not happen: it is an error of ours, never a silent no-op.
+(3) Whatever the peer does ends at worst in CLOSE with a code. Input raises nothing.
+(4) After CLOSE nothing is retransmitted; a closing side answers the 1st, 2nd, 4th, … packet, a draining one none.
+(5) Events are bounded by what the peer may open and by what the owner did not fetch; SessionClosed is the last.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import Any, Final
+
+from attrs import define
+
+from stp.core import frames
+from stp.core.dataspace import DataSpace, Transmit
+from stp.core.errors import ErrorCode, LocalCause, PacketError, ProtocolError, UsageError
+from stp.core.events import Connected, Event, NewToken, SessionClosed, StreamReadable
+from stp.core.flow import WindowBudget
+from stp.core.handshake import PeerIdentity
+from stp.core.initspace import ClientHandshake, HandshakeState, InitHandshake
+from stp.core.packet import InitPacket, RetryPacket
+from stp.core.path import (
+    BASE_DATAGRAM,
+    DEAD_TIME,
+    KEEPALIVE,
+    LISTENER_PATIENCE,
+    CidSource,
+    Liveness,
+    Path,
+)
+from stp.core.recovery import RttEstimator
+from stp.core.streams import DEFAULT_WEIGHT
+from stp.core.streamset import StreamSet
+
+MAX_EARLY: Final = 16
+"""DATA packets that are kept until the peer is authorised."""
+MAX_EVENTS: Final = 1024
+"""Unfetched events above which a session closes with LIMIT: its owner has gone or the peer floods."""
+CLOSE_PTOS: Final = 3
+"""PTOs that CLOSING and DRAINING last (protocol §9)."""
+
+
+class State(Enum):
+    HANDSHAKE = auto()
+    KEYED = auto()
+    """DATA keys are there, the peer's proof (1) is not."""
+    ESTABLISHED = auto()
+    CLOSING = auto()
+    DRAINING = auto()
+    CLOSED = auto()
+
+
+class Input(Enum):
+    KEYS = auto()
+    PROOF = auto()
+    LOCAL_CLOSE = auto()
+    PEER_CLOSE = auto()
+    SILENCE = auto()
+    """Nothing more will come, and there is nobody to say it to."""
+    DRAINED = auto()
+
+
+TRANSITIONS: Final[dict[tuple[State, Input], State]] = {
+    (State.HANDSHAKE, Input.KEYS): State.KEYED,
+    (State.HANDSHAKE, Input.LOCAL_CLOSE): State.CLOSING,
+    (State.HANDSHAKE, Input.SILENCE): State.CLOSED,
+    (State.KEYED, Input.PROOF): State.ESTABLISHED,
+    (State.KEYED, Input.LOCAL_CLOSE): State.CLOSING,
+    (State.KEYED, Input.PEER_CLOSE): State.DRAINING,
+    (State.KEYED, Input.SILENCE): State.CLOSED,
+    (State.ESTABLISHED, Input.LOCAL_CLOSE): State.CLOSING,
+    (State.ESTABLISHED, Input.PEER_CLOSE): State.DRAINING,
+    (State.ESTABLISHED, Input.SILENCE): State.CLOSED,
+    (State.CLOSING, Input.PEER_CLOSE): State.DRAINING,
+    (State.CLOSING, Input.DRAINED): State.CLOSED,
+    (State.DRAINING, Input.DRAINED): State.CLOSED,
+}
+LIVE: Final = frozenset({State.HANDSHAKE, State.KEYED, State.ESTABLISHED})
+
+
+class Agenda:
+    """Which sessions want the owner's and the network's attention; one for all sessions of an endpoint."""
+
+    __slots__ = ("ready", "to_send")
+
+    def __init__(self) -> None:
+        self.ready: list[Session] = []
+        self.to_send: list[Session] = []
+
+
+@define
+class SessionContext:
+    """What all sessions of an endpoint share."""
+
+    agenda: Agenda
+    cid_source: CidSource
+    random_bytes: Callable[[int], bytes]
+    budget: WindowBudget
+    on_cids: Callable[[Session, list[bytes], list[bytes]], None]
+    """(session, CIDs made, CIDs gone): where datagrams are to be routed."""
+    reset_token: Callable[[bytes], bytes]
+    on_refused: Callable[[Any, PeerIdentity | None, str], None] | None = None
+    """A listener's session ended before it was ESTABLISHED; its owner never hears of it otherwise."""
+    node_token: Callable[[PeerIdentity, float], bytes] | None = None
+    """Makes a NEW_TOKEN; listeners only."""
+    datagram: int = BASE_DATAGRAM
+    keepalive: float = KEEPALIVE
+    dead_time: float = DEAD_TIME
+
+
+@define
+class SessionStatistics:
+    """Bytes are of UDP payload, times are seconds, counts are since the start of the session."""
+
+    datagrams_in: int = 0
+    bytes_in: int = 0
+    datagrams_out: int = 0
+    bytes_out: int = 0
+    wrong_address: int = 0
+    """Buffers from elsewhere than the peer's address: dropped."""
+    early_kept: int = 0
+    early_dropped: int = 0
+    packets_lost: int = 0
+    failed_opens: int = 0
+    repeated: int = 0
+    rtt: float = 0.0
+    rtt_var: float = 0.0
+    cwnd: int = 0
+    in_flight: int = 0
+    session_credit: int = 0
+    """Bytes the peer would still take on all streams but 0."""
+
+
+class Session:
+    """Made by `Endpoint.connect` or by a listening endpoint."""
+
+    __slots__ = (
+        "_announced",
+        "_close_answers",
+        "_close_frame",
+        "_close_until",
+        "_closed_packets",
+        "_context",
+        "_counts",
+        "_data",
+        "_early",
+        "_events",
+        "_now",
+        "_path",
+        "_streams",
+        "app",
+        "armed",
+        "dialling",
+        "handshake",
+        "id",
+        "in_ready",
+        "in_to_send",
+        "peer",
+        "state",
+    )
+
+    def __init__(
+        self, context: SessionContext, handshake: InitHandshake, addr: Any, *, dialling: bool, now: float
+    ) -> None:
+        self._context = context
+        self.handshake: InitHandshake | None = handshake
+        """There until confirmed."""
+        self.dialling = dialling
+        self.state = State.HANDSHAKE
+        self.id: bytes | None = None
+        """16 bytes, the same on both sides; None before the keys."""
+        self.peer: PeerIdentity | None = None
+        self.app: Any = None
+        """The owner's; never looked into."""
+        self.armed: float | None = None
+        """The endpoint's: when its heap of timers will look at this session."""
+        self.in_ready = False
+        self.in_to_send = False
+        self._path = Path(addr, context.datagram)
+        self._streams = StreamSet(dialling, context.budget)
+        self._data: DataSpace | None = None
+        self._early: list[bytes] | None = None
+        self._events: deque[Event] = deque()
+        self._announced: set[int] = set()
+        self._counts = SessionStatistics()
+        self._close_frame: tuple[int, str] | None = None
+        self._close_until = 0.0
+        self._close_answers = 0
+        self._closed_packets = 0
+        self._now = now
+
+    # -- the owner's verbs
+
+    @property
+    def addr(self) -> Any:
+        return self._path.addr
+
+    @property
+    def live(self) -> bool:
+        return self.state in LIVE
+
+    def open_stream(self, *, weight: int = DEFAULT_WEIGHT, bidirectional: bool = False) -> int:
+        """A new stream of ours. Raises UsageError: the session is over, or the peer allows no more."""
+        self._must_live()
+        return self._streams.open(weight, bidirectional=bidirectional)
+
+    def write(self, stream: int, data: bytes, fin: bool = False) -> None:
+        """Queue bytes; `data` is kept, not copied. Keep to `room`. Raises UsageError if it is not open."""
+        self._must_live()
+        self._streams.write(stream, data, fin)
+        self._want_to_send()
+
+    def room(self, stream: int) -> int:
+        """Bytes that the send buffer still takes; 0 for a stream that is not open."""
+        sender = self._streams.send.get(stream)
+        return sender.room() if sender is not None and self.state in LIVE else 0
+
+    def unsent(self, stream: int) -> int:
+        """Bytes queued and not yet sent once."""
+        sender = self._streams.send.get(stream)
+        return sender.written - sender.next if sender is not None else 0
+
+    def read(self, stream: int) -> bytes:
+        """All bytes that are here in order, b"" if none. Gives no credit, but on stream 0.
+
+        Raises UsageError for a stream that cannot be read. At its end the stream is gone after this call.
+        """
+        data = self._streams.read(stream, self._now, self._rtt())
+        if self._streams.pending:
+            self._want_to_send()
+        return data
+
+    def ended(self, stream: int) -> bool:
+        """Whether the next `read` returns the last bytes of the stream, or it is gone."""
+        receiver = self._streams.recv.get(stream)
+        return receiver is None or receiver.complete
+
+    def advance_credit(self, stream: int, taken: int) -> None:
+        """The application has taken everything below offset `taken`, or holds it as its one incomplete record.
+
+        Monotonic; less than before is ignored. Raises UsageError for more than was received.
+        """
+        self._streams.advance(stream, taken, self._now, self._rtt())
+        if self._streams.pending:
+            self._want_to_send()
+
+    def reset_stream(self, stream: int, code: int) -> None:
+        """Give up sending on it. Raises UsageError."""
+        self._must_live()
+        self._streams.reset(stream, code)
+        self._want_to_send()
+
+    def stop_stream(self, stream: int, code: int) -> None:
+        """Ask the peer to give up sending on it. Raises UsageError."""
+        self._must_live()
+        self._streams.stop(stream, code)
+        self._want_to_send()
+
+    def next_event(self) -> Event | None:
+        if not self._events:
+            return None
+        event = self._events.popleft()
+        if isinstance(event, StreamReadable):
+            self._announced.discard(event.stream)
+        return event
+
+    def close(self, code: ErrorCode, reason: str = "", now: float | None = None) -> None:
+        """Say CLOSE and stop. Nothing happens if the session is over already. `now` None: as last heard."""
+        if self.state in LIVE:
+            self._close(code, reason, self._now if now is None else now)
+
+    def abandon(self) -> None:
+        """Forget an unfinished handshake without a word to the peer."""
+        if self.state in LIVE:
+            self._die(LocalCause.HANDSHAKE_TIMEOUT)
+
+    def statistics(self) -> SessionStatistics:
+        """A snapshot."""
+        found, data = self._counts, self._data
+        if data is not None:
+            found.packets_lost = data.recovery.lost_packets
+            found.failed_opens, found.repeated = data.opener.failed, data.opener.repeated
+            found.rtt, found.rtt_var = data.recovery.rtt.smoothed, data.recovery.rtt.var
+            found.cwnd, found.in_flight = data.recovery.congestion.cwnd, data.recovery.in_flight
+            found.session_credit = self._streams.session_room
+        return found
+
+    # -- input from the endpoint
+
+    def receive_init(self, received: InitPacket, addr: Any, now: float) -> None:
+        """Raises PacketError for an INIT that is none of ours; nothing has changed then."""
+        handshake = self.handshake
+        if handshake is None or addr != self._path.addr:
+            raise PacketError("INIT out of place")
+        self._now = now
+        handshake.receive_init(received, now)
+        self._follow_handshake(now)
+        self._want_to_send()
+
+    def receive_retry(self, received: RetryPacket, addr: Any, now: float) -> None:
+        """Raises PacketError, as `receive_init`."""
+        handshake = self.handshake
+        if not isinstance(handshake, ClientHandshake) or addr != self._path.addr:
+            raise PacketError("Retry out of place")
+        self._now = now
+        handshake.receive_retry(received, now)
+        self._want_to_send()
+
+    def receive_data(self, data: bytes, size: int, addr: Any, now: float) -> list[bytes]:
+        """A buffer of DATA datagrams of `size` bytes each. Returns those that are not for this session."""
+        self._now = now
+        counts = self._counts
+        counts.datagrams_in += -(-len(data) // size)
+        counts.bytes_in += len(data)
+        space = self._data
+        if addr != self._path.addr:
+            counts.wrong_address += 1
+        elif self.state is State.CLOSING and space is not None:
+            self._answer_with_close(space, data, size, now)
+        elif self.state is State.HANDSHAKE:
+            self._keep_early(data, size)
+        elif space is not None and self.state in LIVE:
+            known = space.acks.next
+            try:
+                strange = space.receive(data, size, now)
+            except ProtocolError as exc:
+                self._close(exc.code, str(exc), now)
+                return []
+            if self.state is State.KEYED and not self.dialling and space.acks.next != known:
+                self._prove(now)
+            self._want_to_send()
+            return strange
+        return []
+
+    def handle_timeout(self, now: float) -> None:
+        """The time of `next_timeout` has come, or an earlier one: then nothing happens."""
+        self._now = now
+        self._want_to_send()
+        if self.state in (State.CLOSING, State.DRAINING):
+            if self.handshake is not None:
+                self.handshake.handle_timeout(now)
+            if now >= self._close_until:
+                self._enter(Input.DRAINED)
+                self.handshake = self._data = None
+            return
+        if self.handshake is not None:
+            self.handshake.handle_timeout(now)
+            self._follow_handshake(now)
+        if self._data is not None and self.state in LIVE:
+            cause = self._data.handle_timeout(now, self._context.dead_time)
+            if cause is not None:
+                self._die(cause)
+
+    # -- output to the endpoint
+
+    def datagrams_to_send(self, now: float, out: list[Transmit]) -> None:
+        """Append what may leave now."""
+        self._now = now
+        before = len(out)
+        handshake, space = self.handshake, self._data
+        if handshake is not None:
+            out += [Transmit(self._path.addr, d) for d in handshake.datagrams_to_send(now)]
+        if space is not None:
+            if self.state in LIVE:
+                try:
+                    space.send(now, out)
+                except ProtocolError as exc:
+                    self._close(exc.code, str(exc), now)
+            if self._close_frame is not None and self._close_answers:
+                self._close_answers = 0
+                out.append(Transmit(self._path.addr, space.close_packet(*self._close_frame)))
+        counts = self._counts
+        for sent in out[before:]:
+            counts.datagrams_out += -(-len(sent.data) // (sent.segment_size or len(sent.data)))
+            counts.bytes_out += len(sent.data)
+
+    def next_timeout(self) -> float | None:
+        """When to call `handle_timeout`; None once the session is CLOSED. Valid after `datagrams_to_send`."""
+        if self.state is State.CLOSED:
+            return None
+        if self.state in (State.CLOSING, State.DRAINING):
+            due = self._close_until
+        elif self._data is not None:
+            due = self._data.next_timeout(self._context.dead_time)
+        else:
+            due = float("inf")
+        other = self.handshake.next_timeout() if self.handshake is not None else None
+        return due if other is None or due < other else other
+
+    # -- what the data space tells (dataspace.Inbox)
+
+    def on_event(self, event: Event) -> None:
+        self._events.append(event)
+        if not self.in_ready:
+            self.in_ready = True
+            self._context.agenda.ready.append(self)
+        if len(self._events) > MAX_EVENTS and self.state in LIVE:
+            raise ProtocolError("more events than the owner takes", ErrorCode.LIMIT)
+
+    def on_readable(self, stream: int) -> None:
+        if stream not in self._announced:
+            self._announced.add(stream)
+            self.on_event(StreamReadable(stream))
+
+    def on_session_frame(
+        self, frame: frames.HandshakeDone | frames.NewToken | frames.Close, now: float
+    ) -> None:
+        match frame:
+            case frames.HandshakeDone():
+                if not self.dialling:
+                    raise ProtocolError("HANDSHAKE_DONE from the dialling side")
+                if self.state is State.KEYED:
+                    assert self._data is not None
+                    self._data.remote_cids.tokens[0] = frame.token
+                    self._prove(now)
+            case frames.NewToken():
+                if not self.dialling:
+                    raise ProtocolError("NEW_TOKEN from the dialling side")
+                self.on_event(NewToken(frame.token))
+            case frames.Close():
+                if self.state in LIVE:
+                    self._end(Input.PEER_CLOSE, ErrorCode.of(frame.code), frame.reason, by_peer=True, now=now)
+
+    def on_cid_retired(self, cid: bytes) -> None:
+        assert self._data is not None
+        made = self._data.local_cids.issue(1)
+        self._context.on_cids(self, made, [cid])
+
+    # -- inside
+
+    def _must_live(self) -> None:
+        if self.state not in LIVE:
+            raise UsageError("the session is over")
+
+    def _rtt(self) -> float:
+        return self._data.recovery.rtt.smoothed if self._data is not None else 0.0
+
+    def _want_to_send(self) -> None:
+        if not self.in_to_send:
+            self.in_to_send = True
+            self._context.agenda.to_send.append(self)
+
+    def _enter(self, what: Input) -> None:
+        self.state = TRANSITIONS[self.state, what]
+
+    def _follow_handshake(self, now: float) -> None:
+        """The handshake may have moved: so must we."""
+        handshake = self.handshake
+        assert handshake is not None
+        self.peer = handshake.peer
+        if handshake.state is HandshakeState.DONE and self.state is State.HANDSHAKE:
+            self._use_keys(handshake, now)
+        elif handshake.state in (HandshakeState.REFUSED, HandshakeState.OVER) and self.state in LIVE:
+            refused = handshake.refused
+            if refused is None:
+                self._die(LocalCause.HANDSHAKE_TIMEOUT)
+            elif handshake.state is HandshakeState.OVER:
+                self._end(Input.SILENCE, refused.code, refused.reason, by_peer=True, now=now)
+            else:
+                self._end(Input.LOCAL_CLOSE, refused.code, refused.reason, by_peer=False, now=now)
+                self._close_until = now + CLOSE_PTOS * handshake.pto
+
+    def _use_keys(self, handshake: InitHandshake, now: float) -> None:
+        """Both certificates are verified: DATA can flow. The listener says so; the client shows that it is there."""
+        context, keys, hello = self._context, handshake.keys, handshake.peer_hello
+        assert keys is not None
+        assert hello is not None
+        assert handshake.peer_cid is not None
+        self._enter(Input.KEYS)
+        self.id = keys.session_id
+        parameters = hello.parameters
+        self._path.datagram = min(self._path.datagram, parameters.max_datagram)
+        self._streams.peer_max_streams = [parameters.max_streams_bidi, parameters.max_streams_uni]
+        space = self._data = DataSpace(
+            dialling=self.dialling,
+            keys=keys,
+            cid=handshake.cid,
+            peer_cid=handshake.peer_cid,
+            path=self._path,
+            rtt=RttEstimator(handshake.rtt, parameters.max_ack_delay_ms / 1000),
+            streams=self._streams,
+            liveness=Liveness(context.keepalive + (0 if self.dialling else LISTENER_PATIENCE), now),
+            cid_source=context.cid_source,
+            random_bytes=context.random_bytes,
+            inbox=self,
+        )
+        if self.dialling:
+            space.say(frames.Ping().encode())
+        else:
+            space.say(frames.HandshakeDone(context.reset_token(handshake.cid)).encode())
+            context.on_cids(self, space.issue_cids(), [])
+            if context.node_token is not None and self.peer is not None:
+                space.say(frames.NewToken(context.node_token(self.peer, now)).encode())
+        early, self._early = self._early or (), None
+        for datagram in early:
+            self.receive_data(datagram, len(datagram), self._path.addr, now)
+
+    def _prove(self, now: float) -> None:
+        """The peer has shown that it has our keys and, to a client, that it let us in (1)."""
+        assert self.peer is not None
+        assert self._data is not None
+        self._enter(Input.PROOF)
+        self.handshake = None
+        self.on_event(Connected(self.peer))
+        if self.dialling:
+            self._context.on_cids(self, self._data.issue_cids(), [])
+
+    def _keep_early(self, data: bytes, size: int) -> None:
+        """DATA before we have keys, or before the peer is authorised."""
+        self._early = self._early if self._early is not None else []
+        for start in range(0, len(data), size):
+            if len(self._early) >= MAX_EARLY:
+                self._counts.early_dropped += 1
+            else:
+                self._counts.early_kept += 1
+                self._early.append(data[start : start + size])
+
+    def _close(self, code: ErrorCode, reason: str, now: float) -> None:
+        if self._data is not None:
+            self._close_frame = (code, reason)
+            self._close_answers = 1
+        if self.handshake is not None:
+            self.handshake.close(code, reason, now)
+        self._end(Input.LOCAL_CLOSE, code, reason, by_peer=False, now=now)
+
+    def _die(self, cause: LocalCause) -> None:
+        self._end(Input.SILENCE, cause, "", by_peer=False, now=self._now)
+
+    def _end(
+        self, what: Input, code: ErrorCode | LocalCause, reason: str, *, by_peer: bool, now: float
+    ) -> None:
+        """The session is over; CLOSING and DRAINING only linger."""
+        unheard = not self.dialling and self.state is not State.ESTABLISHED
+        self._enter(what)
+        pto = self._data.recovery.rtt.pto() if self._data is not None else 0.0
+        if self.handshake is not None:
+            pto = max(pto, self.handshake.pto)
+        self._close_until = now + CLOSE_PTOS * pto
+        if self._data is not None:
+            self._data.recovery.forget()
+        self._streams.close()
+        self._early = None
+        if self.state is State.CLOSED:
+            self.handshake = self._data = None
+        elif what is Input.PEER_CLOSE:
+            self.handshake = None
+        self._want_to_send()
+        if not unheard:
+            self.on_event(SessionClosed(code, reason, by_peer))
+        elif self._context.on_refused is not None and (self.peer is not None or isinstance(code, ErrorCode)):
+            self._context.on_refused(self._path.addr, self.peer, reason or str(code))
+
+    def _answer_with_close(self, space: DataSpace, data: bytes, size: int, now: float) -> None:
+        """Packets while CLOSING: look only for the peer's CLOSE, and repeat ours ever more rarely (4)."""
+        opened, _, _, plain, _ = space.opener.open_buffer(data, size, {}, space.acks, now)
+        for packet in plain:
+            try:
+                said = frames.decode(packet)
+            except ProtocolError:
+                continue
+            if any(isinstance(frame, frames.Close) for frame in said) and self.state is State.CLOSING:
+                self._enter(Input.PEER_CLOSE)
+                return
+        for _ in range(opened):
+            self._closed_packets += 1
+            if self._closed_packets & (self._closed_packets - 1) == 0:
+                self._close_answers = 1
+                self._want_to_send()
