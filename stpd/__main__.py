@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import click
 
 from stpd import __version__
+from stpd.setup_cli import init, join, renew
 
 if TYPE_CHECKING:
     from stpd.daemon import StartupError
@@ -111,6 +112,11 @@ def check(path: Path) -> None:
         click.echo(render(str(path), problems), err=True)
         sys.exit(EX_CONFIG)
     click.echo(f"{path}: good")
+
+
+main.add_command(init)
+main.add_command(join)
+main.add_command(renew)
 
 
 def fail(cause: str, advice: str, status: int) -> NoReturn:

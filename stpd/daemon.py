@@ -17,11 +17,11 @@ from typing import Any, Final
 
 import structlog
 import trio
-from stp.core.endpoint import Endpoint, EndpointConfig
 
 from stp.batch import node_id
 from stp.carriers.udp import UdpCarrier
 from stp.control import Hello
+from stp.core.endpoint import Endpoint, EndpointConfig
 from stp.core.errors import ErrorCode
 from stp.core.handshake import PeerIdentity
 from stp.core.session import Session
@@ -33,14 +33,14 @@ from stp.identity import (
     parse_url,
     write_atomically,
 )
-from stpd import __version__
+from stpd import __version__, logs
 from stpd.access import Access
 from stpd.checks import split_address
 from stpd.config import Config, ConfigError, changes, load
 from stpd.events import EventBus
 from stpd.keys import JoinTokens, NodeRegistry
 from stpd.managed import Managed
-from stpd.notify import notify
+from stpd.notify import Notifier
 from stpd.pki import CertificateAuthority
 from stpd.relay import Relay
 from stpd.router import Classes
@@ -72,6 +72,8 @@ class Daemon:
     """One running stpd. Make it, then `await run()`."""
 
     version = __version__
+    STALLED_AFTER: Final = 10.0
+    """Seconds that records may wait for the writer before the node calls itself unhealthy."""
 
     def __init__(self, config: Config, path: Path, identity: Identity) -> None:
         self.config = config
@@ -83,10 +85,15 @@ class Daemon:
         self.events = EventBus(self.wall_ms)
         self.uplink: Uplink | None = None
         self.tokens: JoinTokens | None = None
+        self.authority: CertificateAuthority | None = None
+        self.handshakes_refused = 0
+        self._notifier = Notifier()
         self._path = path
         self._state = Path(config.state_dir)
         self._carriers: list[UdpCarrier] = []
         self._dialers: dict[bool, UdpCarrier] = {}
+        self._endpoints: list[Endpoint] = []
+        self._endpoint_configs: list[EndpointConfig] = []
         self._stop = trio.Event()
         self._stop_code = ErrorCode.RESTARTING
         self._waiting_since: float | None = None
@@ -114,21 +121,22 @@ class Daemon:
         return [one.node for one in self.registry.nodes() if one.role == "gateway"]
 
     def log_drops(self) -> int:
-        from stpd.logs import statistics
-
-        return statistics().dropped
-
-    def store_queue_limit(self) -> int:
-        from stpd.store.sqlite import QUEUE_RECORDS
-
-        return QUEUE_RECORDS
+        return logs.statistics().dropped
 
     def store_stalled_for(self) -> float:
         """Seconds that records have waited without a commit; 0 when the writer moves."""
         return 0.0 if self._waiting_since is None else trio.current_time() - self._waiting_since
 
+    def carriers(self) -> list[UdpCarrier]:
+        return [*self._carriers, *self._dialers.values()]
+
+    def endpoints(self) -> list[Endpoint]:
+        return list(self._endpoints)
+
     def wake(self) -> None:
-        for carrier in (*self._carriers, *self._dialers.values()):
+        for carrier in self._carriers:
+            carrier.wake()
+        for carrier in self._dialers.values():
             carrier.wake()
 
     # -- life
@@ -142,7 +150,7 @@ class Daemon:
                     await self._start(nursery)
                     nursery.start_soon(self._on_signals, signals)
                     self.ready = True
-                    notify("READY=1", f"STATUS=serving on {', '.join(self.addresses()) or 'no UDP address'}")
+                    self._notifier.ready(f"serving on {', '.join(self.addresses()) or 'no UDP address'}")
                     log.info(
                         "ready",
                         node=self.identity.node,
@@ -171,8 +179,8 @@ class Daemon:
         self._nonce = os.urandom(16)
         self.registry = NodeRegistry(self._state / "nodes.json")
         if self.config.enrol.ca is not None:
-            ca = CertificateAuthority.load(self.config.enrol.ca)
-            self.tokens = JoinTokens(self._state / "keys.json", ca.der)
+            self.authority = CertificateAuthority.load(self.config.enrol.ca)
+            self.tokens = JoinTokens(self._state / "keys.json", self.authority.der)
         self.floor = TimeFloor(self._state / "time-floor")
         self.contexts = ContextCache(self.identity, self.floor)
         self.access = Access(self.config.access, role_of=self.role_of)
@@ -220,7 +228,12 @@ class Daemon:
         await self._bind(nursery)
         self.managed = Managed(self)
         self.services = Services(self)
-        await self.services.start(nursery)
+        try:
+            await self.services.start(nursery)
+        except OSError as error:
+            raise StartupError(
+                error.strerror or str(error), "another process holds that port, or the address is not ours"
+            ) from error
         await self._start_uplink(nursery)
         nursery.start_soon(self._tick)
 
@@ -232,14 +245,18 @@ class Daemon:
             await nursery.start(carrier.run)
 
     async def _carrier(self, host: str, port: int, *, accept: bool) -> UdpCarrier:
-        endpoint = Endpoint(self._endpoint_config(accept=accept))
+        config = self._endpoint_config(accept=accept)
+        endpoint = Endpoint(config)
         try:
-            return await UdpCarrier.bind(endpoint, host, port, on_ready=self.sessions.on_ready)
+            carrier = await UdpCarrier.bind(endpoint, host, port, on_ready=self.sessions.on_ready)
         except OSError as error:
             raise StartupError(
                 f"cannot listen on UDP {host}:{port}: {error.strerror or error}",
                 "another stpd runs there, or the address is not this machine's: see listen.udp",
             ) from error
+        self._endpoints.append(endpoint)
+        self._endpoint_configs.append(config)
+        return carrier
 
     def _endpoint_config(self, *, accept: bool) -> EndpointConfig:
         limits = self.config.limits
@@ -251,10 +268,10 @@ class Daemon:
             authorise=self._authorise,
             random_bytes=os.urandom,
             on_refused=self._on_handshake_refused,
-            handshakes_per_second=limits.handshakes_per_second,
-            handshakes_per_address=limits.handshakes_per_address,
-            half_open=limits.half_open,
-            half_open_per_address=limits.half_open_per_address,
+            total_rate=limits.handshakes_per_second,
+            address_rate=limits.handshakes_per_address,
+            max_half_open=limits.half_open,
+            address_half_open=limits.half_open_per_address,
         )
 
     async def _start_uplink(self, nursery: trio.Nursery) -> None:
@@ -262,8 +279,10 @@ class Daemon:
         if not targets:
             return
         self._dialers[False] = await self._carrier("0.0.0.0", 0, accept=False)
+        self._dial_endpoints = {False: self._endpoints[-1]}
         try:
             self._dialers[True] = await self._carrier("::", 0, accept=False)
+            self._dial_endpoints[True] = self._endpoints[-1]
         except StartupError:
             log.info("no_ipv6", reason="this machine has no IPv6: upstreams are dialled over IPv4")
         for carrier in self._dialers.values():
@@ -294,10 +313,11 @@ class Daemon:
         return found
 
     def _dial(self, address: tuple[str, int], node: str) -> Session:
-        carrier = self._dialers.get(":" in address[0])
+        six = ":" in address[0]
+        carrier = self._dialers.get(six)
         if carrier is None:
             raise OSError(f"no socket for {address[0]}: this machine has no IPv6")
-        session = carrier.endpoint.connect(
+        session = self._dial_endpoints[six].connect(
             address,
             expected_node=node,
             expected_domain=self.identity.domain,
@@ -340,6 +360,7 @@ class Daemon:
 
     def _on_handshake_refused(self, address: Any, peer: PeerIdentity | None, reason: str) -> None:
         node = peer.node if peer is not None else ""
+        self.handshakes_refused += 1
         log.warning("handshake_refused", address=_text(address), node=node, reason=reason)
         text = f"refused {node or 'a peer'} from {_text(address)}: {reason}"
         self.events.publish("session.refused", text, node=node)
@@ -356,7 +377,7 @@ class Daemon:
             self.sessions.check()
             self._look_at_store()
             if self.store_stalled_for() < 30.0:
-                notify("WATCHDOG=1")
+                self._notifier.watchdog()
 
     def _look_at_store(self) -> None:
         numbers = self.store.statistics()
@@ -394,7 +415,9 @@ class Daemon:
     async def _wind_down(self) -> None:
         """Promise (2)."""
         self.draining = True
-        notify("STOPPING=1", "STATUS=stopping")
+        for config in self._endpoint_configs:
+            config.accept = False
+        self._notifier.stopping("stopping")
         with trio.move_on_after(STOP_TIMEOUT) as scope:
             self.sessions.say_goodbye("draining" if self._stop_code is ErrorCode.GOING_AWAY else "restarting")
             self.wake()
@@ -418,7 +441,7 @@ class Daemon:
 
     async def reload(self) -> ReloadReport:
         """Promise (3). Access rules, log level, certificates and revocations take effect at once."""
-        notify("RELOADING=1")
+        self._notifier.reloading()
         report = ReloadReport()
         try:
             fresh = await trio.to_thread.run_sync(load, self._path)
@@ -431,7 +454,7 @@ class Daemon:
             report.problems.append(str(error))
         if not report.problems:
             self._apply(fresh, identity, report)
-        notify("READY=1")
+        self._notifier.ready()
         log.info(
             "reloaded" if not report.problems else "reload_refused",
             changed=report.changed,
@@ -442,18 +465,15 @@ class Daemon:
         return report
 
     def _apply(self, fresh: Config, identity: Identity, report: ReloadReport) -> None:
-        from stpd.logs import set_level
-
         report.changed, report.restart_needed = changes(self.config, fresh)
         if identity.leaf_der != self.identity.leaf_der:
             report.changed.append("certificate")
-        set_level(fresh.log.level)
+        logs.set_level(fresh.log.level)
         self.config.access, self.config.log, self.config.identity = fresh.access, fresh.log, fresh.identity
         self.identity = identity
         self.contexts.replace(identity)
         self.access = Access(fresh.access, role_of=self.role_of)
         self.sessions.refresh_grants()
-        self.services.reload_certificates()
 
 
 async def _call_later(delay: float, function: Callable[[], None]) -> None:

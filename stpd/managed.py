@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 QUARANTINE_SHOWN: Final = 100
 """Newest quarantined records that one answer lists."""
 
-STALLED_AFTER: Final = 10.0
-"""Seconds that records may wait for the writer before the node calls itself unhealthy."""
-
 
 class Managed:
     """One daemon, seen from outside. Every method is cheap; none touches the disk but `buffer` (statvfs)."""
@@ -92,7 +89,7 @@ class Managed:
             found.append(f"the store cannot write: {d.store.degraded}")
         elif d.store.full:
             found.append(f"the store is full: {self._full_cause()}")
-        if d.store_stalled_for() > STALLED_AFTER:
+        if d.store_stalled_for() > d.STALLED_AFTER:
             found.append(f"no commit for {d.store_stalled_for():.0f} s while records wait")
         unexplained = d.store.ledger().unexplained
         if unexplained:
@@ -140,15 +137,15 @@ class Managed:
             dialling=session.dialling,
             state="open" if hello is not None else "handshake",
             since_ms=peer.opened_ms,
-            cipher=numbers.cipher,
+            cipher=session.suite,
             certificate_serial=f"{identity.serial:x}" if identity is not None else "",
             certificate_not_after_ms=round(identity.not_after.timestamp() * 1000) if identity else 0,
-            rtt_ms=round(numbers.smoothed_rtt * 1000, 3),
-            congestion_window_bytes=numbers.congestion_window,
-            bytes_in=numbers.bytes_received,
-            bytes_out=numbers.bytes_sent,
-            packets_in=numbers.packets_received,
-            packets_out=numbers.packets_sent,
+            rtt_ms=round(numbers.rtt * 1000, 3),
+            congestion_window_bytes=numbers.cwnd,
+            bytes_in=numbers.bytes_in,
+            bytes_out=numbers.bytes_out,
+            packets_in=numbers.datagrams_in,
+            packets_out=numbers.datagrams_out,
             packets_lost=numbers.packets_lost,
             messages_in=peer.door.messages_in if peer.door is not None else 0,
             messages_out=sum(feed.counts.sent_messages for feed in peer.feeds.values()),
@@ -172,7 +169,7 @@ class Managed:
         edge = EdgeStatus(node=name, role=d.role_of(name) or "", connected=peer is not None)
         edge.last_seen_ms = d.wall_ms() if peer is not None else d.sessions.edges_seen_ms.get(name, 0)
         if hop is not None:
-            lanes = self._lanes(hop.name)
+            lanes = self.lags(hop.name)
             edge.behind_messages = sum(one.messages for one in lanes)
             edge.behind_bytes = sum(one.bytes for one in lanes)
             edge.oldest_age_s = max((one.oldest_age_s for one in lanes), default=0.0)
@@ -187,7 +184,7 @@ class Managed:
             edge.reported_cause = told.cause
         return edge
 
-    def _lanes(self, hop: str) -> list[LaneLag]:
+    def lags(self, hop: str) -> list[LaneLag]:
         lags = []
         for lane in LANES:
             behind = self._daemon.store.behind(hop, lane)
@@ -214,7 +211,7 @@ class Managed:
         for hop in d.store.hops.values():
             if hop.kind != "reader":
                 continue
-            lanes = self._lanes(hop.name)
+            lanes = self.lags(hop.name)
             found.append(
                 ReaderStatus(
                     name=hop.name,
@@ -247,7 +244,7 @@ class Managed:
             full_cause=self._full_cause() if d.store.full else "",
             oldest_age_s=round(max((one.oldest_age for one in usage.lanes.values()), default=0.0), 1),
             queue_depth=numbers.queue_records,
-            queue_limit=d.store_queue_limit(),
+            queue_limit=QUEUE_RECORDS,
             commits=numbers.commits,
             commit_p50_ms=round(mean_ms, 3),
             commit_p99_ms=round(1000 * numbers.commit_seconds_max, 3),

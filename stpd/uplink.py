@@ -267,7 +267,7 @@ class Uplink:
             status.behind_since_ms = self._wall_ms() - round(status.oldest_age_s * 1000)
         if self.peer is not None and self.state == "connected":
             found = self.peer.session.statistics()
-            status.rtt_ms = round(found.smoothed_rtt * 1000, 3)
+            status.rtt_ms = round(found.rtt * 1000, 3)
             address = self.peer.session.addr
             status.address = f"{address[0]}:{address[1]}"
         status.custody_messages = sum(one.custody for one in self._store.ledger().hops if one.hop == HOP)
