@@ -4,9 +4,9 @@ Messages are counted at three places, each in the transaction of the data:
 
 (1) door, per (peer, class):  received = accepted + repeats + refused + corrupt
 (2) node, per class:          accepted + originated = stored + live only + no taker
-(3) hop, per (hop, lane):     routed = in custody + behind + gone, gone by reason: expired, dropped, filtered,
-                              quarantined, crash. What is sent and not yet receipted, or was refused and waits,
-                              is still behind: a cursor moves when its fate is decided.
+(3) hop, per (hop, lane):     routed = in custody + behind + gone, gone by reason: expired, dropped,
+                              filtered, quarantined, crash. What is sent and not yet receipted, or was
+                              refused and waits, is still behind: a cursor moves when its fate is decided.
 
 A hop is counted per lane, not per class: a record is a lane's unit, and classes share lanes.
 
@@ -39,6 +39,13 @@ class Door:
         """Equation (1): positive if messages vanished, negative if they were invented."""
         return self.received - self.accepted - self.repeats - self.refused - self.corrupt
 
+    @property
+    def equation(self) -> str:
+        return (
+            f"door {self.peer}/{self.class_name}: received {self.received} = accepted {self.accepted}"
+            f" + repeats {self.repeats} + refused {self.refused} + corrupt {self.corrupt}"
+        )
+
 
 @define
 class Node:
@@ -55,6 +62,13 @@ class Node:
     def unexplained(self) -> int:
         """Equation (2)."""
         return self.accepted + self.originated - self.stored - self.live_only - self.no_taker
+
+    @property
+    def equation(self) -> str:
+        return (
+            f"node {self.class_name}: accepted {self.accepted} + originated {self.originated}"
+            f" = stored {self.stored} + live only {self.live_only} + no taker {self.no_taker}"
+        )
 
 
 @define
@@ -81,6 +95,14 @@ class HopLane:
         """Equation (3)."""
         return self.routed - self.custody - self.behind - self.gone
 
+    @property
+    def equation(self) -> str:
+        return (
+            f"hop {self.hop}/lane {self.lane}: routed {self.routed} = custody {self.custody}"
+            f" + behind {self.behind} + expired {self.expired} + dropped {self.dropped}"
+            f" + filtered {self.filtered} + quarantined {self.quarantined} + crash {self.crash}"
+        )
+
 
 @define
 class Ledger:
@@ -93,33 +115,18 @@ class Ledger:
     @property
     def unexplained(self) -> int:
         """Messages that no equation accounts for. 0, or an incident."""
-        return sum(abs(entry.unexplained) for entry in (*self.doors, *self.nodes, *self.hops))
+        return sum(abs(entry.unexplained) for entry in self._entries())
+
+    def _entries(self) -> list[Door | Node | HopLane]:
+        return [*self.doors, *self.nodes, *self.hops]
 
     def explain(self) -> list[str]:
         """One line per equation that does not balance, for people; empty when all do."""
-        lines = []
-        for door in self.doors:
-            if door.unexplained:
-                lines.append(
-                    f"door {door.peer}/{door.class_name}: received {door.received} ≠ accepted {door.accepted}"
-                    f" + repeats {door.repeats} + refused {door.refused} + corrupt {door.corrupt}"
-                    f" ({door.unexplained:+d})"
-                )
-        for node in self.nodes:
-            if node.unexplained:
-                lines.append(
-                    f"node {node.class_name}: accepted {node.accepted} + originated {node.originated} ≠"
-                    f" stored {node.stored} + live only {node.live_only} + no taker {node.no_taker}"
-                    f" ({node.unexplained:+d})"
-                )
-        for hop in self.hops:
-            if hop.unexplained:
-                lines.append(
-                    f"hop {hop.hop}/lane {hop.lane}: routed {hop.routed} ≠ custody {hop.custody} + behind"
-                    f" {hop.behind} + expired {hop.expired} + dropped {hop.dropped} + filtered {hop.filtered}"
-                    f" + quarantined {hop.quarantined} + crash {hop.crash} ({hop.unexplained:+d})"
-                )
-        return lines
+        return [
+            f"{entry.equation} ({entry.unexplained:+d})"
+            for entry in self._entries()
+            if entry.unexplained
+        ]
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON: the entries as they stand, with their and the total `unexplained`."""

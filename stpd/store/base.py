@@ -1,18 +1,20 @@
 """What a store promises, whatever database stands behind it.
 
 A lane is a log of records; a hop is a name with one cursor per lane. The relay appends, whoever serves a hop
-reads on from its cursor, and trimming follows the slowest cursor (protocol §10, architecture "the ledger balances").
+reads on from its cursor, and trimming follows the slowest cursor (protocol §10).
 
 Promises, cited by the tests:
 
 (1) `done(STORED)` is called only after the transaction that holds the record has been synced to disk.
 (2) The position in the log, the number of an adopted record, what is remembered about repeats and the ledger
     move in that same transaction: a repeat is never stored twice, and a crash never reuses a number.
-(3) A record leaves the log only behind every cursor and after the retention, or by a rule that the ledger names.
-(4) A row whose CRC fails is quarantined, named, and replaced by a void for its number; it is never delivered as good.
+(3) A record leaves the log only behind every cursor and after the retention, or by a rule that the ledger
+    names. A lane that nobody reads and that has no retention is kept until the store is full.
+(4) A row whose CRC fails is quarantined, named, and replaced by a void for its number; it is never delivered
+    as good.
 (5) Receipts, cursors, deletes and the ledger commit even while data is refused for want of room.
-(6) A failed commit is never taken for a good one: everything in it, and everything queued before the owner has
-    heard of it, ends in ERROR (or FULL), so that order survives.
+(6) A failed commit is never taken for a good one: everything in it, and everything queued before the owner
+    has heard of it, ends in ERROR (or FULL), so that order survives.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ MAX_RANGES = 1024
 """Ranges of numbers remembered per (source, lane) of another keeper; more is RANGES (protocol §10)."""
 
 FORGET_AFTER = 7 * 86400.0
-"""Seconds of the store's own running time after a source's last record until its highest number is forgotten."""
+"""Seconds after a publisher's last record until its highest number is forgotten. Counted in the store's own
+running time: a wall clock that jumps forgets nothing."""
 
 
 class StoreError(StpError):
@@ -69,12 +72,13 @@ class Outcome:
 
     kind: OutcomeKind
     pos: int
-    """Position of the record that holds it. REPEAT and publishers' voids: the lane's last position then. Else 0."""
+    """Position of the record that holds it. REPEAT and publishers' voids: the lane's last position then, so
+    what it repeats is at or below. Else 0."""
 
 
 @define
 class Append:
-    """One record on its way into the log. The store keeps `record` as it is and never looks at `head.hops`."""
+    """One record on its way into the log, from `read_record`: structure and CRC are checked."""
 
     lane: int
     record: bytes
@@ -116,7 +120,8 @@ class Stored:
     cumulative: int
     """Messages in this lane up to and with this record, since the store was made."""
     damaged: bool = False
-    """The row was damaged on disk: `record` is a void (reason quarantined) in its place, promise (4)."""
+    """The row was damaged on disk: `record` is a void (reason quarantined) in its place, promise (4). If not
+    even its number can be told, `number` is 0 and `record` is b"": nothing can be sent, advance over it."""
 
 
 @define
@@ -130,8 +135,8 @@ class Hop:
     filters: tuple[str, ...] = ()
     lanes: tuple[int, ...] = (1, 2, 3, 4)
     cursors: dict[int, int] = Factory(dict)
-    """Lane → highest position in custody of, or taken by, the hop. Given to add_hop: where to start, a missing
-    lane starts before the oldest record kept. Afterwards the store's; change it only through advance()."""
+    """Lane → highest position in custody of, or taken by, the hop. Given to add_hop: where to start; a
+    missing lane starts before the oldest record kept. Afterwards the store's: only advance() moves it."""
     created_ms: int = 0
     max_lag_s: float = 0.0
     """Seconds its oldest untaken record may have waited before lagging() names it; 0 means without limit."""
@@ -227,6 +232,8 @@ class StoreStatistics:
     wal_bytes: int = 0
     degraded: str = ""
     """Why data is refused by the disk right now, in words; "" when all is well."""
+    damage: str = ""
+    """What is broken in the database for good, in words. Data may still come and go."""
 
 
 class Store(Protocol):
@@ -236,11 +243,13 @@ class Store(Protocol):
     """16 random bytes, made with the store: this node's own source."""
     hops: Mapping[str, Hop]
     on_commit: Callable[[list[Stored]], None] | None
-    """Called in the trio thread after the done() calls of a commit, with what it added, in (lane, pos) order."""
+    """Called in the trio thread after the done() calls of a commit: what it added, in (lane, pos) order."""
 
     def append(self, item: Append) -> None:
-        """Join the running group commit. Counts received/accepted/repeats/refused of the door (item.peer, class)
-        and accepted/originated/stored of the node in the transaction of the data; voids count no messages."""
+        """Join the running group commit.
+
+        Counts received, accepted, repeats and refused of the door (item.peer, class) and accepted (originated
+        if peer is ""), stored of the node in the transaction of the data. Voids count no messages."""
 
     async def flush(self) -> None:
         """Return when everything appended, advanced and counted so far is decided (committed or failed)."""
@@ -263,7 +272,7 @@ class Store(Protocol):
         """The lowest position stored at or after the wall-clock time; last + 1 if none. For `start: time`."""
 
     def add_hop(self, hop: Hop) -> None:
-        """Register a hop, or give an existing one new peer, filters, lanes and limits: it keeps its cursors."""
+        """Register a hop, or give an existing one new peer, filters, lanes and limits: its cursors stay."""
 
     def remove_hop(self, name: str) -> None:
         """Forget a hop and its cursors; what it had not taken may be trimmed. Unknown names are ignored."""
@@ -301,7 +310,7 @@ class Store(Protocol):
         refused: int = 0,
         corrupt: int = 0,
     ) -> None:
-        """Ledger deltas of a door for what append() does not see (refused before, live only). ≤ 50 ms to disk."""
+        """Ledger deltas of a door for what append() does not see (refused before, live only)."""
 
     def count_node(
         self,
