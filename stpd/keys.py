@@ -126,13 +126,11 @@ def _load(path: Path, kind: type[T]) -> T:
         raise StateFileError(f"{path}: {exc.strerror} (run as its owner)") from exc
     try:
         found: Any = json.loads(text)
-        if found["version"] != 1:
-            raise StateFileError(f"{path}: written by a newer version (upgrade stpd)")
-        if found.keys() != attrs.fields_dict(kind).keys():
-            raise KeyError  # (5) a file of another kind would read as an empty one
-        return cattrs.structure(found, kind)
-    except (ValueError, KeyError, TypeError, cattrs.BaseValidationError) as exc:
+        if found["version"] == 1 and found.keys() == attrs.fields_dict(kind).keys():
+            return cattrs.structure(found, kind)
+    except (ValueError, KeyError, TypeError, AttributeError, cattrs.BaseValidationError) as exc:
         raise StateFileError(f"{path}: damaged (restore it from a backup)") from exc
+    raise StateFileError(f"{path}: not a file of this version (upgrade stpd, or restore it from a backup)")
 
 
 def _save(path: Path, content: _Tokens | _Nodes) -> None:

@@ -287,7 +287,9 @@ def _load_config(path: str | Path) -> Config:
         return load(path)
     except ConfigError as exc:
         advice = f"mend it, then look it over: stpd check --config {path}"
-        raise EnrolError(f"{path}: {len(exc.problems)} problems", advice, EX_USAGE) from exc
+        first = next((p for p in exc.problems if not p.warning), exc.problems[0])
+        cause = f"{path}: {first.path}: {first.message}" if first.path else f"{path}: {first.message}"
+        raise EnrolError(cause, advice, EX_USAGE) from exc
 
 
 def _check_name(name: str, option: str) -> None:

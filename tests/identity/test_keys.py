@@ -206,9 +206,9 @@ def test_one_file_is_not_taken_for_the_other(
     """(5)"""
     tokens.create("device", 1, HOUR)
     registry.enrol("n", "device", key="k", serial=1, not_after=Clock.now)
-    with pytest.raises(StateFileError, match="damaged"):
+    with pytest.raises(StateFileError, match="not a file"):
         NodeRegistry(tmp_path / "tokens.json")
-    with pytest.raises(StateFileError, match="damaged"):
+    with pytest.raises(StateFileError, match="not a file"):
         JoinTokens(tmp_path / "nodes.json", CA_DER)
 
 
