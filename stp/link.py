@@ -126,6 +126,8 @@ class Link:
         self.closed: LinkClosed | None = None
         self.connected = False
         """Our HELLO is out: `send` and `send_record` may be used."""
+        self.token = b""
+        """The newest NEW_TOKEN of the peer, for the next dial; keep it across restarts."""
         self._wall_ms = wall_ms
         self._name_of_source = name_of_source
         self._stats = LinkStatistics()
@@ -304,8 +306,8 @@ class Link:
                 self._on_stream_ended(stream)
             case core_events.SessionClosed(code=code, reason=reason, by_peer=by_peer):
                 self._end(LinkClosed(code, reason, by_peer), out)
-            case core_events.NewToken():
-                pass  # the endpoint's owner keeps it
+            case core_events.NewToken(token=token):
+                self.token = token
 
     def _on_stream_ended(self, stream: int) -> None:
         """FIN, RESET_STREAM or STOP_SENDING: only streams that carry no messages may end (§10, streams)."""
