@@ -25,7 +25,7 @@ PACKAGES: Final = ("stp", "stpd", "stpctl")
 
 FLOORS: Final[tuple[str, ...]] = (
     # -- stp/core: bytes and time in; bytes, events and a deadline out
-    "stp.core.errors stp.core.ranges stp.core.congestion stp.core.flow",
+    "stp.core.errors stp.core.ranges stp.core.congestion stp.core.flow stp.core.admission",
     "stp.core.wire stp.core.packet stp.core.frames stp.core.crypto_stream stp.core.streams stp.core.recovery",
     "stp.core.keys stp.core.params stp.core.tokens stp.core.acks stp.core.path stp.core.streamset",
     "stp.core.handshake stp.core.packetizer",
@@ -58,11 +58,12 @@ FLOORS: Final[tuple[str, ...]] = (
     "stpd.issuing stpd.setup_cli",
     "stpd.enrol",
     # -- stpd/store: the only files that know a database
-    "stpd.store.base stpd.store.reserve stpd.store.tally",
-    "stpd.store.cache stpd.store.changes stpd.store.rows stpd.store.schema",
-    "stpd.store.quarantine stpd.store.seen",
-    "stpd.store.log",
+    "stpd.store.base stpd.store.reserve",
+    "stpd.store.cache stpd.store.rows stpd.store.schema stpd.store.tally",
+    "stpd.store.changes stpd.store.reader stpd.store.seen",
+    "stpd.store.log stpd.store.quarantine",
     "stpd.store.group stpd.store.trim",
+    "stpd.store.commits",
     "stpd.store.writer",
     "stpd.store.sqlite",
     # -- stpd: the relay and the house around it
