@@ -20,8 +20,9 @@ in the middle: one datagram in, any number out), `loss` (with `burst`: up to so 
 What arrives at one instant from one source in equal sizes is handed over as one buffer, as UDP GRO does.
 
 A Host reads all streams at once and gives the credit back (`auto_read`, `auto_credit`: switch off to stall), keeps
-`events(session)` and `received(session, stream)`, and calls `on_ready` instead if it is set. `net.inject(data, source=…,
-to=host)` delivers anything from any address. `net.log` has every datagram that left: (time, source, to, data).
+`events(session)` and `received(session, stream)`, and calls `on_ready` instead if it is set.
+`net.inject(data, source=…, to=host)` delivers anything from any address. `net.log` has every datagram
+that left: (time, source, to, data).
 
 Identities are made once per test session (tests/identity_kit.py). OpenSSL draws its own randomness: handshakes differ
 in a few bytes between runs of one seed, everything else does not.

@@ -37,6 +37,7 @@ MAX_SKIPPED: Final = 16
 
 _HEADER: Final = Struct("!BQQ")  # as packet.DATA_HEADER, the CID as a number
 _MIN_PACKET: Final = DATA_OVERHEAD + 1
+_NO_HEADER: Final = (0, -1, 0)
 
 
 class PacketBuilder:
@@ -167,9 +168,8 @@ class Opener:
     ) -> tuple[int, int, list[tuple[RecvStream, int]], list[bytes], list[bytes]]:
         """Open a buffer of datagrams of `size` bytes each, the last possibly shorter, all of one source.
 
-        Returns how many opened; how many of these held only bytes in order, which are in their streams now;
-        those streams (`merge` them) with how far their highest offset moved; the plaintexts of the others; the
-        datagrams that are not to the current CID and phase.
+        Returns: how many opened; how many of these held only bytes in order, which are in their streams now; those
+        streams (`merge` them) and by how much `highest` grew; other plaintexts; datagrams to another CID or phase.
         """
         header, head = _HEADER.unpack_from, STREAM_HEAD.unpack_from
         decrypt, iv, cid, first, w = self._decrypt, self._iv, self._cid, self._first, self._w
@@ -182,10 +182,7 @@ class Opener:
         number, at, limit = -1, -1, 0
         total = len(data)
         for start in range(0, total, size):
-            if total - start < _MIN_PACKET:
-                strange.append(data[start:])
-                break
-            kind, to, wire = header(data, start)
+            kind, to, wire = header(data, start) if total - start >= _MIN_PACKET else _NO_HEADER
             if to != cid or kind != first:
                 strange.append(data[start : start + size])
                 continue
