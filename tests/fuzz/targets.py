@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from tests.fuzz import targets_daemon, targets_http, targets_identity, targets_messages, targets_packets
+from tests.fuzz import (
+    targets_daemon,
+    targets_http,
+    targets_identity,
+    targets_messages,
+    targets_packets,
+    targets_sessions,
+)
 from tests.fuzz.engine import Target
 
 TARGETS: Final[dict[str, Callable[[], Target]]] = {
     "headers": targets_packets.headers,
     "hello": targets_packets.hello,
     "frames": targets_packets.frame_codec,
+    "datagrams": targets_sessions.datagrams,
+    "sealed-up": targets_sessions.sealed_by_client,
+    "sealed-down": targets_sessions.sealed_by_server,
     "tokens": targets_identity.tokens,
     "topics": targets_messages.topics,
     "batches": targets_messages.batches,
