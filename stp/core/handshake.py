@@ -297,7 +297,11 @@ class Handshake:
         chain = self._tls.get_verified_chain(as_cryptography=True)
         if leaf is None or chain is None:
             raise HandshakeRefused("peer shows no certificate")
-        domain, node = _identity(leaf)
+        try:
+            domain, node = _identity(leaf)
+        except HandshakeRefused:
+            self._say_goodbye()
+            raise
         leaf_der = leaf.public_bytes(Encoding.DER)
         self.peer = PeerIdentity(
             domain=domain,

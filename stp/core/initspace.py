@@ -132,7 +132,6 @@ class InitHandshake:
         self._tls: Handshake
         self._token = b""
         self._next_pn = int.from_bytes(random_bytes(4), "big") & 0x7FFFFFFF
-        self._first_pn = self._next_pn
         self._use_keys(keys)
         self._received = RangeSet(max_ranges=64)
         self._ack_due = False
@@ -314,14 +313,15 @@ class InitHandshake:
             self._outgoing.write(out if self._outgoing.length else self._tls.hello_block() + out)
 
     def _on_ack(self, ranges: list[tuple[int, int]], now: float) -> None:
-        largest = ranges[0][1] - 1
-        if largest >= self._next_pn or ranges[-1][0] < self._first_pn:
-            raise ProtocolError("ACK of an INIT that was never sent")
-        sample = self._sent.get(largest)
-        if sample is not None:
-            self.rtt = max(now - sample.at, 0.0)
+        """Numbers that we never used are passed over: the peer may have opened an INIT that a third party forged."""
+        acked = {pn for pn in self._sent if any(start <= pn < stop for start, stop in ranges)}
+        if not acked:
+            return
+        largest = max(acked)
+        if largest == ranges[0][1] - 1:
+            self.rtt = max(now - self._sent[largest].at, 0.0)
         for pn in list(self._sent):
-            if any(start <= pn < stop for start, stop in ranges):
+            if pn in acked:
                 sent = self._sent.pop(pn)
                 self._outgoing.on_acked(sent.start, sent.stop)
                 self._pto_count = 0
@@ -468,7 +468,6 @@ class ClientHandshake(InitHandshake):
         self._use_keys(self._initial)
         self._received.clear()
         self._sent.clear()
-        self._first_pn = self._next_pn
         self._pto_count = 0
         self._tls.replace_hello(self._hello())
         self._outgoing = CryptoSender()
