@@ -275,7 +275,7 @@ class Recovery:
                 break
             looked += 1
             below = largest - sent.first  # numbers of this entry below the largest acknowledged
-            if sent.time > now - delay:
+            if sent.time + delay > now:  # not now - delay: the timer must find the same sum
                 if sent.left & ((1 << min(below, sent.count)) - 1):
                     self._loss_at = min(self._loss_at or float("inf"), sent.time + delay)
                 below -= K_PACKET_THRESHOLD - 1

@@ -266,8 +266,8 @@ class Session:
         self._want_to_send()
 
     def next_event(self) -> Event | None:
-        if not self._events:
-            return None
+        if not self._events or self.state in (State.HANDSHAKE, State.KEYED):
+            return None  # what comes before the proof is news only after it
         event = self._events.popleft()
         if isinstance(event, StreamReadable):
             self._announced.discard(event.stream)
@@ -333,7 +333,7 @@ class Session:
             try:
                 strange = space.receive(data, size, now)
             except ProtocolError as exc:
-                self._close(exc.code, str(exc), now)
+                self.close(exc.code, str(exc), now)
                 return []
             if self.state is State.KEYED and not self.dialling and space.acks.next != known:
                 self._prove(now)
@@ -374,7 +374,7 @@ class Session:
                 try:
                     space.send(now, out)
                 except ProtocolError as exc:
-                    self._close(exc.code, str(exc), now)
+                    self.close(exc.code, str(exc), now)
             if self._close_frame is not None and self._close_answers:
                 self._close_answers = 0
                 out.append(Transmit(self._path.addr, space.close_packet(*self._close_frame)))
@@ -400,7 +400,7 @@ class Session:
 
     def on_event(self, event: Event) -> None:
         self._events.append(event)
-        if not self.in_ready:
+        if not self.in_ready and self.state not in (State.HANDSHAKE, State.KEYED):
             self.in_ready = True
             self._context.agenda.ready.append(self)
         if len(self._events) > MAX_EVENTS and self.state in LIVE:
@@ -510,7 +510,10 @@ class Session:
         assert self._data is not None
         self._enter(Input.PROOF)
         self.handshake = None
-        self.on_event(Connected(self.peer))
+        before = list(self._events)
+        self._events.clear()
+        for event in (Connected(self.peer), *before):
+            self.on_event(event)
         if self.dialling:
             self._context.on_cids(self, self._data.issue_cids(), [])
 

@@ -36,6 +36,7 @@ class SendStream:
         "base",
         "blocked_at",
         "fin",
+        "fin_acked",
         "fin_sent",
         "full",
         "id",
@@ -60,6 +61,7 @@ class SendStream:
         self.written = 0
         self.fin = False
         self.fin_sent = False
+        self.fin_acked = False
         self.full = False
         self.reset_code: int | None = None
         self.share = 0.0
@@ -124,6 +126,7 @@ class SendStream:
 
     def on_range_acked(self, offset: int, length: int, fin: bool) -> None:
         stop = offset + length
+        self.fin_acked = self.fin_acked or fin
         if self.lost:
             self.lost.remove(offset, stop)
         if offset > self.base:
@@ -144,7 +147,7 @@ class SendStream:
     def on_range_lost(self, offset: int, length: int, fin: bool) -> None:
         if self.reset_code is not None:
             return
-        if fin:
+        if fin and not self.fin_acked:
             self.fin_sent = False
         stop = offset + length
         offset = max(offset, self.base)
@@ -174,9 +177,9 @@ class SendStream:
         self._starts.clear()
 
     @property
-    def finished(self) -> bool:
-        """All bytes and the FIN are sent and, but for the FIN, acknowledged; or it was reset."""
-        return self.reset_code is not None or (self.fin_sent and self.base == self.written)
+    def settled(self) -> bool:
+        """Nothing is to be sent, and nothing could be lost any more."""
+        return self.base == self.written and (self.fin_acked or not self.fin)
 
 
 class RecvStream:

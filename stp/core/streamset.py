@@ -59,7 +59,7 @@ class StreamSet:
         self.send: dict[int, SendStream] = {0: SendStream(0, CONTROL_WINDOW)}
         self.recv: dict[int, RecvStream] = {0: RecvStream(0, CONTROL_WINDOW)}
         self.writers: dict[int, SendStream] = {}
-        """Streams other than 0 that may have something to send."""
+        """Streams other than 0 that have or may get back something to send."""
         self.credit = ReceiveCredit(SESSION_WINDOW)
         self.received = 0
         """Bytes received on all streams but 0, by highest offset."""
@@ -257,9 +257,14 @@ class StreamSet:
         self.peer_max_streams[kind] = max(self.peer_max_streams[kind], min(limit, MAX_INDEX))
 
     def on_blocked(self, kind: str, stream: int) -> None:
-        """The peer waits for credit: say again what it has (2)."""
-        if kind == MAX_STREAM_DATA and stream not in self.recv:
-            return
+        """The peer waits for credit: say what it has by now, however little is new (2)."""
+        if kind == MAX_DATA:
+            self.credit.announce()
+        else:
+            receiver = self.recv.get(stream)
+            if receiver is None or receiver.final_size is not None:
+                return
+            receiver.limit = receiver.credit.announce()
         self._pending[kind, stream] = None
 
     # -- sending
@@ -275,17 +280,19 @@ class StreamSet:
             return control
         room = self.session_room
         best: SendStream | None = None
-        idle = []
-        for stream, sender in self.writers.items():
+        settled = []
+        for sender in self.writers.values():
             if sender.wants_to_send(room):
                 if best is None or sender.share < best.share:
                     best = sender
-            elif sender.next == sender.written:
-                idle.append(stream)
-            else:
+            elif sender.next < sender.written:
                 self._note_blocked(sender)
-        for stream in idle:
-            del self.writers[stream]
+            elif sender.settled:
+                settled.append(sender)
+        for sender in settled:
+            del self.writers[sender.id]
+            if sender.fin:
+                del self.send[sender.id]
         if best is not None:
             self._virtual = best.share
         return best
