@@ -201,7 +201,7 @@ def _with_defaults(data: dict[str, Any]) -> dict[str, Any]:
 def _finish(config: Config, base: Path) -> Config:
     """Fill in what follows from other values."""
     if config.store.path is None:
-        config.store.path = config.state_dir / "store.db"
+        config.store.path = config.state_dir / "store"
     config.identity = tuple(base / p for p in config.identity)
     if config.classes is not BUILT_IN_CLASSES:
         own = {c.name: c for c in config.classes}

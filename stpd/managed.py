@@ -33,6 +33,7 @@ from stpd.status import (
     UpstreamStatus,
 )
 from stpd.store.base import Hop
+from stpd.store.sqlite import QUEUE_RECORDS
 
 if TYPE_CHECKING:
     from stpd.daemon import Daemon

@@ -78,13 +78,13 @@ class StoreConfig:
     """The disk: what is kept until the next hop has it."""
 
     path: Path | None = None
-    """The database file; none: `state_dir`/store.db. `load` always fills it in."""
+    """The store's directory; none: `state_dir`/store. `load` always fills it in."""
     budget: Size = 1 * GB
     """Bytes the store may take on disk. When they are used up, publishers are held back."""
     reserve: Size = 32 * MIB
     """Bytes of the budget kept free for clearing up: deleting needs room, too."""
-    retention: Seconds = 72 * HOUR
-    """Seconds after which a message is dropped whoever still waits for it, and counted as expired."""
+    retention: Seconds = 0.0
+    """Seconds that messages stay after everybody has taken them, for readers that start in the past."""
     cache: Size = 64 * MIB
     """Bytes of newest records kept in memory for readers that are level."""
 
@@ -202,7 +202,7 @@ BUILT_IN_CLASSES: Final[tuple[ClassConfig, ...]] = (
 
 ROLE_DEFAULTS: Final[dict[str, dict[str, Any]]] = {
     "gateway": {
-        "store": {"budget": "1GB", "retention": "72h"},
+        "store": {"budget": "1GB", "retention": "0s"},
         "access": [
             {
                 "name": "devices",
@@ -212,6 +212,6 @@ ROLE_DEFAULTS: Final[dict[str, dict[str, Any]]] = {
             }
         ],
     },
-    "hub": {"store": {"budget": "10GB", "retention": "7d"}, "access": []},
+    "hub": {"store": {"budget": "10GB", "retention": "24h"}, "access": []},
 }
 """What differs by role, in the words of a file. A hub that is told nothing lets nobody do anything."""

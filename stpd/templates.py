@@ -40,7 +40,8 @@ listen = "{health}"
 [store]
 # What is kept on disk until everybody has it. When it is full senders are held back; nothing kept is lost.
 budget = "10GB"
-retention = "7d"
+# How long messages stay when everybody has them, for readers that start in the past.
+retention = "24h"
 
 [log]
 level = "info"
@@ -100,7 +101,6 @@ listen = "{health}"
 [store]
 # What is kept on disk while the hub is out of reach: at 10 messages a second, 1 GB lasts for days.
 budget = "1GB"
-retention = "72h"
 
 [log]
 level = "info"

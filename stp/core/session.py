@@ -166,6 +166,7 @@ class Session:
         "in_to_send",
         "peer",
         "state",
+        "suite",
     )
 
     def __init__(
@@ -178,6 +179,8 @@ class Session:
         self.state = State.HANDSHAKE
         self.id: bytes | None = None
         """16 bytes, the same on both sides; None before the keys."""
+        self.suite = ""
+        """The TLS suite, whose AEAD protects DATA; "" before the keys."""
         self.peer: PeerIdentity | None = None
         self.app: Any = None
         """The owner's; never looked into."""
@@ -477,6 +480,7 @@ class Session:
         assert handshake.peer_cid is not None
         self._enter(Input.KEYS)
         self.id = keys.session_id
+        self.suite = keys.suite
         parameters = hello.parameters
         self._path.datagram = min(self._path.datagram, parameters.max_datagram)
         self._streams.peer_max_streams = [parameters.max_streams_bidi, parameters.max_streams_uni]

@@ -241,9 +241,12 @@ class Store(Protocol):
 
     store_id: bytes
     """16 random bytes, made with the store: this node's own source."""
-    hops: Mapping[str, Hop]
     on_commit: Callable[[list[Stored]], None] | None
     """Called in the trio thread after the done() calls of a commit: what it added, in (lane, pos) order."""
+
+    @property
+    def hops(self) -> Mapping[str, Hop]:
+        """All registered hops by name."""
 
     def append(self, item: Append) -> None:
         """Join the running group commit.

@@ -35,8 +35,8 @@ def test_an_empty_file_is_a_gateway_with_safe_defaults(tmp_path: Path) -> None:
     assert config.management.listen.startswith("127.0.0.1:")
     assert config.health.listen.startswith("127.0.0.1:")
     assert config.enrol.listen == ""
-    assert config.store.path == Path("/var/lib/stpd/store.db")
-    assert config.store.retention == 72 * 3600
+    assert config.store.path == Path("/var/lib/stpd/store")
+    assert config.store.retention == 0
     assert config.identity == (tmp_path / "identity.pem",)
     assert [r.name for r in config.access] == ["devices"]
     assert config.classes == BUILT_IN_CLASSES
@@ -114,7 +114,6 @@ def test_all_errors_at_once_with_paths_and_hints(tmp_path: Path) -> None:
         ("[enrol]\nforward = 'hub'", "enrol.forward", ":8443"),
         ("[store]\nbudget = '1MiB'\nreserve = 0", "store.budget", "16MiB"),
         ("[store]\nbudget = '20MiB'\nreserve = '20MiB'", "store.reserve", "part of the budget"),
-        ("[store]\nretention = 0", "store.retention", "72h"),
         ("[limits]\nsessions = 0", "limits.sessions", "1 or more"),
         ("[limits]\nhalf_open = 4", "limits.half_open_per_address", "below half_open"),
         ("[[class]]\nname='Upper'\nfilters=['a']\nlane=1", "class[0].name", "a-z"),
@@ -252,7 +251,7 @@ def test_paths_are_relative_to_the_file_or_credentials(
     text = 'state_dir = "state"\nidentity = ["$CREDENTIALS_DIRECTORY/id.pem", "ca.pem"]\n'
     config = load(write(tmp_path, text))
     assert config.state_dir == tmp_path / "state"
-    assert config.store.path == tmp_path / "state" / "store.db"
+    assert config.store.path == tmp_path / "state" / "store"
     assert config.identity == (Path("/run/credentials/stpd/id.pem"), tmp_path / "ca.pem")
 
 
@@ -289,7 +288,7 @@ def test_check_looks_at_the_identity_too(tmp_path: Path) -> None:
 def test_changes_say_what_a_reload_can_do(tmp_path: Path) -> None:
     old = load(write(tmp_path, ""))
     new = load(write(tmp_path, "[log]\nlevel='debug'\n[store]\nbudget='2GB'\n[limits]\nsessions = 5\n"))
-    assert changes(old, new) == (["limits.sessions", "log.level"], ["store.budget"])
+    assert changes(old, new) == (["log.level"], ["limits.sessions", "store.budget"])
     assert changes(old, old) == ([], [])
 
 
