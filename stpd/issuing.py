@@ -15,7 +15,6 @@ nothing that a stranger sends raises.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import json
 import threading
@@ -190,7 +189,7 @@ class Issuer:
         try:
             leaf = read_chain(fields["chain"])[0]
             proof = base64.b64decode(fields["signature"], validate=True)
-        except (PkiError, binascii.Error) as exc:
+        except (PkiError, ValueError) as exc:
             raise _bad("the request to renew is damaged") from exc
         node = self._own(leaf)
         request = x509.load_pem_x509_csr(fields["csr"].encode("ascii"))
