@@ -22,6 +22,7 @@ TARGETS: Final[dict[str, Callable[[], Target]]] = {
     "datagrams": targets_sessions.datagrams,
     "sealed-up": targets_sessions.sealed_by_client,
     "sealed-down": targets_sessions.sealed_by_server,
+    "link": targets_sessions.link,
     "tokens": targets_identity.tokens,
     "topics": targets_messages.topics,
     "batches": targets_messages.batches,
@@ -32,6 +33,7 @@ TARGETS: Final[dict[str, Callable[[], Target]]] = {
     "bundle": targets_identity.bundle,
     "strangers": targets_identity.strangers,
     "requests": targets_identity.requests,
+    "enrolment": targets_http.enrolment,
     "config": targets_daemon.configuration,
     "management": targets_http.management,
 }

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
+import json
 import re
+import tempfile
+from pathlib import Path
 from typing import Any
 
+import structlog
 import trio
+from cryptography.hazmat.primitives.serialization import Encoding
 
+from stp.enrol import make_csr, new_key
 from stpd.api import ManagementServer, Operator, Role
 from stpd.events import TooManyWatchersError
 from stpd.httpd import Connection, Request, Response
+from stpd.issuing import Issuer
+from stpd.keys import JoinTokens, NodeRegistry
+from stpd.pki import CertificateAuthority
 from tests.fuzz.engine import Target
+from tests.identity_kit import shared
 
 HEAD = b" HTTP/1.1\r\nHost: stpd\r\n"
 WORDS = [
@@ -136,4 +147,45 @@ def management() -> Target:
         promised=(Refused,),
         words=WORDS,
         repair=measure,
+    )
+
+
+def enrolment() -> Target:
+    """What a stranger posts to the enrolment door, with a token that is good and a name that is free."""
+    directory = tempfile.TemporaryDirectory(prefix="stpd-fuzz-")
+    atexit.register(directory.cleanup)
+    home = Path(directory.name)
+    authority = CertificateAuthority.create("test")
+    tokens = JoinTokens(home / "keys.json", authority.der)
+    token = tokens.create("device", 0, 3600.0).token
+    registry = NodeRegistry(home / "nodes.json")
+    identity = shared().identity("hub")
+    issuer = Issuer(identity=lambda: identity, registry=registry, authority=authority, tokens=tokens)
+
+    def feed(data: bytes) -> None:
+        path, _, body = data.partition(b"\n")
+        with structlog.testing.capture_logs():
+            status, answer = issuer.answer(
+                path.decode("latin-1"), body, host="hub.example", address="192.0.2.1"
+            )
+        json.dumps(answer)
+        assert status in (200, 400, 403, 409), answer
+        if status != 200:
+            raise Refused
+
+    key = new_key()
+    csr = make_csr(key, "dev-1").public_bytes(Encoding.PEM).decode()
+    chain = shared().bundle("gw-1").decode()
+    enrol = {"token": token, "name": "dev-1", "csr": csr, "kind": "device"}
+    renew = {"csr": csr, "chain": chain[chain.index("-----BEGIN CERT") :], "signature": "MEUCIQ=="}
+    return Target(
+        name="enrolment",
+        feed=feed,
+        seeds=[
+            b"/v1/enrol\n" + json.dumps(enrol).encode(),
+            b"/v1/enrol\n" + json.dumps({**enrol, "name": "../x"}).encode(),
+            b"/v1/renew\n" + json.dumps(renew).encode(),
+        ],
+        promised=(Refused,),
+        words=[*WORDS[-9:], b'"token"', b'"csr"', b'"name": 1', b"\\n", b"\\ud800", b"/v1/renew\n", b"null"],
     )
