@@ -22,6 +22,7 @@ import secrets
 import zlib
 from collections.abc import Callable
 from enum import StrEnum
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
 
@@ -170,8 +171,8 @@ def renewal_digest(leaf_der: bytes, csr_der: bytes) -> bytes:
 def parse_host(text: str, port: int = ENROL_PORT) -> tuple[str, int]:
     """`host`, `host:port`, `[v6]` or `[v6]:port`. Raises EnrolError."""
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\[\]:/@\s]+))(?::(\d{1,5}))?", text)
-    if match is None and text.count(":") > 1 and re.fullmatch(r"[0-9A-Fa-f:.]+", text):
-        return text, port  # a bare IPv6 address
+    if match is None and _is_ipv6(text):
+        return text, port
     if match is None or int(match[3] or port) > 65535:
         raise EnrolError(f"{text!r} is not a host", f"write HOST or HOST:{port}", EX_USAGE)
     return match[1] or match[2], int(match[3] or port)
@@ -277,6 +278,13 @@ def _checked(grant: Grant, key: ec.EllipticCurvePrivateKey, name: str) -> Identi
         cause = f"the hub gave a certificate for {identity.node}, not for {name}"
         raise EnrolError(cause, "ask its operator", EX_PROTOCOL)
     return identity
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return ip_address(text).version == 6
+    except ValueError:
+        return False
 
 
 # -- on disk -----------------------------------------------------------------------------------------------

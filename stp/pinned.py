@@ -274,12 +274,14 @@ def _post(wire: _Wire, path: str, body: bytes, extra: Sequence[tuple[str, str]])
     request = h11.Request(method="POST", target=path, headers=headers)
     wire.send((http.send(request) or b"") + (http.send(h11.Data(data=body)) or b""))
     wire.send(http.send(h11.EndOfMessage()) or b"")
-    status, answer = 0, bytearray()
+    status, answer, ended = 0, bytearray(), False
     try:
         while True:
             event = http.next_event()
             if event is h11.NEED_DATA:
-                http.receive_data(wire.receive())
+                chunk = wire.receive()
+                ended = not chunk
+                http.receive_data(chunk)
             elif isinstance(event, h11.Response):
                 status = event.status_code
             elif isinstance(event, h11.Data):
@@ -291,6 +293,8 @@ def _post(wire: _Wire, path: str, body: bytes, extra: Sequence[tuple[str, str]])
             elif isinstance(event, h11.ConnectionClosed):
                 raise EnrolError(f"{wire.where} hung up", "try again in a moment", EX_TEMPFAIL)
     except h11.RemoteProtocolError as exc:
+        if ended:
+            raise EnrolError(f"{wire.where} hung up", "try again in a moment", EX_TEMPFAIL) from exc
         raise EnrolError(
             f"{wire.where} does not answer in HTTP", "check the host and port", EX_PROTOCOL
         ) from exc

@@ -226,6 +226,7 @@ class EnrolmentDoor:
             status, body = await self._answer(stream, http, host, key)
             await _respond(stream, http, status, body)
             if http.their_state is h11.SEND_BODY:
+                await socket.send_eof()
                 await _drain(stream)
         except (
             trio.BrokenResourceError,
