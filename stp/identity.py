@@ -66,9 +66,6 @@ SERVER_CONTEXT_LIFE: Final = 60.0
 FLOOR_WRITE_STEP: Final = 3600.0
 """Seconds the floor must have moved before it is written again: flash wears, and an hour decides nothing."""
 
-FLOOR_FILE: Final = "time-floor"
-"""In the state directory: the latest hub time heard."""
-
 LABEL_NETWORK_KEY: Final = "STP NETWORK KEY"
 LABEL_UPSTREAM: Final = "STP UPSTREAM"
 

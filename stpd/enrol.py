@@ -18,7 +18,6 @@ import os
 import ssl
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable
 from ipaddress import IPv6Address, ip_address
 from typing import Any, Final
 
@@ -28,13 +27,10 @@ import trio
 from attrs import define, field
 
 from stp.enrol import Refusal, parse_host
-from stp.identity import DEFAULT_PORT, Identity, pem_block
+from stp.identity import Identity, pem_block
 from stp.pinned import ALPN, MAX_BODY
-from stpd.checks import split_address
-from stpd.config import Config
-from stpd.issuing import FORWARDER_HEADER, SIGNATURE_HEADER, Answer, Forward, Issuer, answer_of
-from stpd.keys import TOKENS_FILE, JoinTokens, NodeRegistry, RefusedError
-from stpd.pki import CertificateAuthority
+from stpd.issuing import FORWARDER_HEADER, SIGNATURE_HEADER, Answer, Issuer, answer_of
+from stpd.keys import RefusedError
 
 log = structlog.get_logger("stpd.enrol")
 
@@ -264,25 +260,6 @@ class EnrolmentDoor:
         if status == 200:
             self._tries.give_back(charged)
         return status, body
-
-
-def door_of(config: Config, identity: Callable[[], Identity], registry: NodeRegistry) -> EnrolmentDoor | None:
-    """The door that a configuration asks for, None where it asks for none. `door.issuer.tokens` makes tokens.
-
-    `registry` is the daemon's own: what is enrolled here is known to its access rules at once. Blocking. Raises
-    PkiError, StateFileError, EnrolError.
-    """
-    enrol = config.enrol
-    if enrol.ca is None and not enrol.forward:
-        return None
-    udp = next((split_address(text)[1] for text in config.listen.udp), DEFAULT_PORT)
-    issuer = Issuer(identity, registry, port=udp)
-    if enrol.ca is not None:
-        issuer.authority = CertificateAuthority.load(enrol.ca)
-        issuer.tokens = JoinTokens(config.state_dir / TOKENS_FILE, issuer.authority.der)
-    else:
-        issuer.forward = Forward(*parse_host(enrol.forward))
-    return EnrolmentDoor(issuer)
 
 
 async def _read(

@@ -31,10 +31,6 @@ from stp.identity import write_atomically
 from stpd.pki import NODE_LIFETIME, Clock, wall_clock
 from stpd.status import KeyStatus, NewKey
 
-TOKENS_FILE: Final = "tokens.json"
-NODES_FILE: Final = "nodes.json"
-"""In the state directory."""
-
 ROLES: Final = ("gateway", "device", "app")
 MAX_TOKENS: Final = 1000
 """Tokens at once. Ended ones go after TOKEN_MEMORY, or earlier to make room."""
