@@ -22,10 +22,13 @@ from stpd.store.log import Log
 from stpd.store.quarantine import Quarantine
 from stpd.store.reserve import Reserve
 from stpd.store.schema import DATABASE, PAGE_SIZE, connect
-from stpd.store.trim import PRESSURE, Trimmed, Trimmer
+from stpd.store.trim import Trimmed, Trimmer
 
 TRIM_INTERVAL: Final = 0.2
 """Seconds between trims while there is room; each commit trims when there is little."""
+
+IDLE_INTERVAL: Final = 5.0
+"""Seconds between looks at the retention when nothing else happens."""
 
 FORGET_INTERVAL: Final = 3_600.0
 """Seconds between looks for sources to forget."""
@@ -71,7 +74,7 @@ class Committer:
         self._trim_at = 0.0
         self._forget_at = self._opened_at
         self._trimming = False
-        self._more = False
+        self._more = self._later = False
         self._wal_pages = 0
         self.used = self._measure()
 
@@ -123,11 +126,13 @@ class Committer:
             self.quarantine.drop()
             raise
         result.hops = [name for name, _ in self.pending.hops]
+        moved = bool(group.stored or self.pending or trimmed.records)
         self.pending = Changes()
         result.quarantined = self.quarantine.keep()
         result.stored, result.tally = group.stored, group.tally
         self.used = self._measure()
         self._count(group, trimmed)
+        self._look_on(moved)
         return self.describe(result)
 
     def _apply(self, changes: Changes, age: int) -> None:
@@ -189,21 +194,31 @@ class Committer:
         return not self._statistics.damage and self._trimmer.due(self.used, int(self._options.clock() * 1000))
 
     @property
-    def hurried(self) -> bool:
-        """There is more to trim at once."""
-        return self._more
+    def patience(self) -> float:
+        """Seconds that upkeep can wait."""
+        if self._more:
+            return 0.0
+        return TRIM_INTERVAL if self._later else IDLE_INTERVAL
 
     def _trim(self, now_ms: int) -> Trimmed:
         now = time.monotonic()
-        scarce = self.used > self._options.limit * PRESSURE
-        if self._statistics.damage or (now < self._trim_at and not scarce and not self._more):
+        if self._statistics.damage:
             return Trimmed()
+        if now < self._trim_at and not self._more and not self._trimmer.scarce(self.used):
+            self._later = True
+            return Trimmed()
+        self._later = False
         self._trim_at = now + TRIM_INTERVAL
         self._trimming = True
         trimmed = self._trimmer.trim(now_ms, self.used)
         self._trimming = False
         self._more = trimmed.more
         return trimmed
+
+    def _look_on(self, moved: bool) -> None:
+        """After a commit that changed something: if room has become scarce, do not wait for the next."""
+        if moved and self._trimmer.scarce(self.used):
+            self._more = self.due()
 
     def _forget(self, age: int, result: Result) -> None:
         if time.monotonic() - self._forget_at < FORGET_INTERVAL:
@@ -241,7 +256,8 @@ class Committer:
 
     def _vacuum(self) -> None:
         try:
-            self._conn.execute(f"PRAGMA incremental_vacuum({VACUUM_PAGES})").fetchall()
+            # it takes one step per page, and execute() takes only the first
+            self._conn.executescript(f"PRAGMA incremental_vacuum({VACUUM_PAGES})")
         except sqlite3.Error:
             pass  # nothing is lost by a larger file
 

@@ -148,7 +148,9 @@ def connect(path: Path, *, reading: bool = False) -> sqlite3.Connection:
 def open_database(path: Path) -> sqlite3.Connection:
     """The writing connection, tables made if there were none. Raises StoreError and its kinds."""
     try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # SQLite would leave it to umask
+        os.close(
+            os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        )  # SQLite would leave it to umask
         conn = connect(path)
     except OSError as exc:
         raise StoreError(f"cannot open {path}: {exc.strerror}; check owner, mode and free space") from exc

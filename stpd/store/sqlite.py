@@ -213,10 +213,10 @@ class SqliteStore:
             self._changing[name] -= 1
             if not self._changing[name]:
                 del self._changing[name]
+        for cursor in result.cursors:  # they moved before the records were added
+            self._take_cursor(cursor)
         if result.stored:
             self._take_stored(result.stored)
-        for cursor in result.cursors:
-            self._take_cursor(cursor)
         if result.quarantined is not None:
             self._quarantined = result.quarantined
         for source in result.forgotten:

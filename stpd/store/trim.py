@@ -3,8 +3,8 @@
 Three levels, by how much room is left:
 
 * plenty: what lies behind every cursor and is older than the retention;
-* scarce (PRESSURE of the limit): what lies behind every cursor, oldest first, whatever the retention;
-* full (EMERGENCY): what is in custody above, though a reader has not taken it: its loss is counted as dropped.
+* scarce (an eighth is left): what lies behind every cursor, oldest first, whatever the retention;
+* full (a sixteenth is left): what is in custody above, though a reader has not taken it: counted as dropped.
 
 A lane that has neither cursors nor a retention is never trimmed: nobody has said that it may go.
 """
@@ -15,12 +15,13 @@ from typing import Final
 
 from attrs import define
 
+from stp.records import MAX_RECORD
 from stpd.store.changes import CursorState, LaneState
 from stpd.store.log import Log
 from stpd.store.rows import MAX_POS, row_id
 
-PRESSURE: Final = 7 / 8
-EMERGENCY: Final = 15 / 16
+LARGE_RECORDS: Final = 3
+"""A small store counts as scarce while it has no room for this many of the largest records."""
 
 SLICE_RECORDS: Final = 512
 SLICE_BYTES: Final = 32 << 20
@@ -42,7 +43,9 @@ class Trimmer:
 
     def __init__(self, log: Log, *, limit: int, retention_s: float) -> None:
         self._log = log
-        self._limit = limit
+        room = LARGE_RECORDS * MAX_RECORD
+        self._scarce = limit - max(limit // 8, room)
+        self._full = limit - max(limit // 16, room * 2 // 3)
         self._retention_ms = int(retention_s * 1000)
 
     def trim(self, now_ms: int, used: int) -> Trimmed:
@@ -54,9 +57,13 @@ class Trimmer:
         for lane in self._log.lanes:
             bound = self._bound(lane, cursors.get(lane, []))
             self._delete(lane, bound, now_ms - self._retention_ms if self._retention_ms else None, trimmed)
-        if used - trimmed.bytes > self._limit * PRESSURE:
-            self._make_room(cursors, used - int(self._limit * PRESSURE), trimmed)
+        if used - trimmed.bytes > self._scarce:
+            self._make_room(cursors, used, trimmed)
         return trimmed
+
+    def scarce(self, used: int) -> bool:
+        """Is little room left?"""
+        return used > self._scarce
 
     def due(self, used: int, now_ms: int) -> bool:
         """Might trim() find something? Cheap, and may be wrong in saying yes."""
@@ -64,13 +71,13 @@ class Trimmer:
         bounds: dict[int, int] = {}
         for cursor in log.cursors.values():
             bounds[cursor.lane] = min(cursor.pos, bounds.get(cursor.lane, cursor.pos))
-        scarce = used > self._limit * PRESSURE
+        scarce = used > self._scarce
         cutoff_ms = now_ms - self._retention_ms
         for lane in log.lanes.values():
             bound = bounds.get(lane.lane, lane.last if self._retention_ms else lane.base)
             if bound > lane.base and (scarce or not self._retention_ms or lane.oldest_ms <= cutoff_ms):
                 return True
-        return used > self._limit * EMERGENCY and bool(log.cursors)
+        return used > self._full and bool(log.cursors)
 
     def _bound(self, lane: int, cursors: list[CursorState]) -> int:
         """The last position that may go."""
@@ -79,18 +86,17 @@ class Trimmer:
         state = self._log.peek(lane)
         return state.last if self._retention_ms else state.base
 
-    def _make_room(self, cursors: dict[int, list[CursorState]], wanted: int, trimmed: Trimmed) -> None:
-        """Trim `wanted` bytes in all, the lane with the oldest records first; readers lose last."""
+    def _make_room(self, cursors: dict[int, list[CursorState]], used: int, trimmed: Trimmed) -> None:
+        """Trim until room is plenty again, the lane with the oldest records first; readers lose last."""
         log = self._log
-        goal = trimmed.bytes + wanted
+        goal = min(used - self._scarce, SLICE_BYTES)
         for force in (False, True):
-            if force and wanted <= self._limit * (EMERGENCY - PRESSURE):
+            if force and used - trimmed.bytes <= self._full:
                 return
             bounds = {lane: self._forced_bound(lane, cursors, force) for lane in log.lanes}
             lanes = sorted((log.peek(lane).oldest_ms, lane) for lane in bounds)
             for _, lane in lanes:
                 if trimmed.bytes >= goal or trimmed.records >= SLICE_RECORDS:
-                    trimmed.more = trimmed.bytes < goal
                     return
                 self._delete(lane, bounds[lane], None, trimmed, goal)
                 if force:
@@ -119,7 +125,7 @@ class Trimmer:
         ).fetchall()
         taken = 0
         for key, size, at_ms in rows:
-            if (cutoff_ms is not None and at_ms > cutoff_ms) or trimmed.bytes >= min(goal, SLICE_BYTES):
+            if (cutoff_ms is not None and at_ms > cutoff_ms) or trimmed.bytes >= goal:
                 break
             taken += 1
             trimmed.records += 1

@@ -31,9 +31,6 @@ CHANGES_DELAY: Final = 0.05
 PROBE_INTERVAL: Final = 1.0
 """Seconds between tries while the disk refuses."""
 
-IDLE_INTERVAL: Final = 5.0
-"""Seconds between looks at the retention when nothing else happens."""
-
 DISK_ERRORS: Final = frozenset(
     (
         sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_CANTOPEN,
@@ -182,11 +179,10 @@ class Writer:
             return 0.0
         if self.degraded:
             return PROBE_INTERVAL
-        if self._committer.hurried:
-            return 0.0
+        patience = self._committer.patience
         if self._changes:
-            return max(self._changed_at + CHANGES_DELAY - time.monotonic(), 0.0)
-        return CHANGES_DELAY if self._committer.pending else IDLE_INTERVAL
+            patience = min(patience, max(self._changed_at + CHANGES_DELAY - time.monotonic(), 0.0))
+        return patience
 
     def _take(self) -> tuple[list[Append], list[Flush]]:
         """What is queued, as far as one commit takes it, and the changes if they go with it."""

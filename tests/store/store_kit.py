@@ -22,7 +22,12 @@ LANE = 3
 
 def batch(topic: str = "plant/a/temperature", payload: bytes = b"21.5", messages: int = 1) -> bytes:
     return encode_batch(
-        [topic] * messages, [payload] * messages, time_ms=1_700_000_000_000, publisher=bytes(16), run=1, sequence=1
+        [topic] * messages,
+        [payload] * messages,
+        time_ms=1_700_000_000_000,
+        publisher=bytes(16),
+        run=1,
+        sequence=1,
     )
 
 
@@ -36,7 +41,9 @@ def kept(source: bytes, number: int, *, lane: int = LANE, kind: int = DATA, **co
     return encode_record(lane, source, number, [batch(**content)], kind=kind, hops=(GATEWAY,))  # type: ignore[arg-type]
 
 
-def voided(source: bytes, number: int, to: int, *, lane: int = LANE, hops: tuple[bytes, ...] = (GATEWAY,)) -> bytes:
+def voided(
+    source: bytes, number: int, to: int, *, lane: int = LANE, hops: tuple[bytes, ...] = (GATEWAY,)
+) -> bytes:
     return encode_void(lane, source, number, to, VoidReason.EXPIRED, 1, hops)
 
 
@@ -98,7 +105,7 @@ async def everything(store: SqliteStore, lane: int = LANE, pos: int = 1) -> list
 async def until(condition: Callable[[], bool], limit: float = 5.0) -> None:
     """Wait for what another thread brings about."""
     with trio.fail_after(limit):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - the other thread knows no trio
             await trio.sleep(0.002)
 
 

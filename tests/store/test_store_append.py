@@ -157,7 +157,9 @@ async def test_what_is_remembered_outlives_a_restart(tmp_path: Path) -> None:
     top = (1 << 64) - 1
     async with await open_store(tmp_path) as store:
         own = store.store_id
-        assert await Desk(store).kinds(published(source, 3), kept(keeper, 9), kept(keeper, top)) == [STORED] * 3
+        assert (
+            await Desk(store).kinds(published(source, 3), kept(keeper, 9), kept(keeper, top)) == [STORED] * 3
+        )
     async with await open_store(tmp_path) as store:
         assert store.store_id == own
         desk = Desk(store)
@@ -198,7 +200,11 @@ async def test_another_keepers_record_goes_in_verbatim(store: SqliteStore, desk:
     rows = await everything(store)
     assert [row.record for row in rows] == records
     assert [row.kind for row in rows] == [0, PART, VOID]
-    assert [(row.source, row.number, row.to) for row in rows] == [(source, 1, 1), (source, 2, 2), (source, 3, 9)]
+    assert [(row.source, row.number, row.to) for row in rows] == [
+        (source, 1, 1),
+        (source, 2, 2),
+        (source, 3, 9),
+    ]
     assert [(row.messages, row.cumulative) for row in rows] == [(3, 3), (1, 4), (0, 4)]
     assert rows[0].prefix == "plant/a/temperature"
     assert rows[0].peer == "device-1"
@@ -214,7 +220,11 @@ async def test_numbers_of_a_keeper_may_come_in_any_order_once(desk: Desk) -> Non
 
 async def test_a_void_is_a_repeat_only_where_all_of_it_is_known(desk: Desk) -> None:
     source = new_source()
-    assert await desk.kinds(kept(source, 3), voided(source, 2, 4), voided(source, 2, 4)) == [STORED, STORED, REPEAT]
+    assert await desk.kinds(kept(source, 3), voided(source, 2, 4), voided(source, 2, 4)) == [
+        STORED,
+        STORED,
+        REPEAT,
+    ]
     assert await desk.kinds(kept(source, 4), kept(source, 5)) == [REPEAT, STORED]
     assert await desk.kinds(voided(source, 10, 11), voided(source, 9, 10)) == [STORED, STORED]
 
@@ -254,7 +264,11 @@ async def test_a_conflict_within_one_commit_is_seen(desk: Desk) -> None:
 
 async def test_data_for_a_number_that_was_void_is_a_repeat(desk: Desk) -> None:
     source = new_source()
-    assert await desk.kinds(voided(source, 1, 3), kept(source, 2), kept(source, 1)) == [STORED, REPEAT, REPEAT]
+    assert await desk.kinds(voided(source, 1, 3), kept(source, 2), kept(source, 1)) == [
+        STORED,
+        REPEAT,
+        REPEAT,
+    ]
 
 
 async def test_a_trimmed_number_is_still_a_repeat_and_no_conflict(store: SqliteStore, desk: Desk) -> None:
@@ -294,7 +308,9 @@ async def test_done_comes_in_order_and_before_on_commit(store: SqliteStore, desk
     assert told.index("3/1") < told.index("3/2")
 
 
-async def test_many_groups_decide_everything(store: SqliteStore, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_many_groups_decide_everything(
+    store: SqliteStore, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More than one commit takes: a flush waits for all of them."""
     monkeypatch.setattr(writer_module, "GROUP_RECORDS", 7)
     source = new_source()
