@@ -546,6 +546,8 @@ class Session:
         self, what: Input, code: ErrorCode | LocalCause, reason: str, *, by_peer: bool, now: float
     ) -> None:
         """The session is over; CLOSING and DRAINING only linger."""
+        if self.state is not State.ESTABLISHED:
+            self._events.clear()  # never connected: its end is all there is to tell
         unheard = not self.dialling and self.state is not State.ESTABLISHED
         self._enter(what)
         pto = self._data.recovery.rtt.pto() if self._data is not None else 0.0

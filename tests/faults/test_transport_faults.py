@@ -7,9 +7,10 @@ import random
 import pytest
 
 from stp.core.errors import ErrorCode
-from stp.core.events import Connected, NewToken
+from stp.core.events import Connected, NewToken, SessionClosed
 from stp.core.initspace import AMPLIFICATION
 from stp.core.session import Session, State
+from tests.identity_kit import Flaw
 from tests.sim import START, Host, Network
 
 
@@ -227,6 +228,59 @@ def test_fault_23_edited_hello_never_confirms(towards_hub: bool, seed: int) -> N
     assert not session.live
     assert not edge.connected()
     assert not hub.connected()
+
+
+@pytest.mark.parametrize("flaw", [f for f in Flaw if f not in (Flaw.NONE, Flaw.SERVER_ONLY)])
+def test_fault_24_flawed_listener(flaw: Flaw) -> None:
+    """A listener with a certificate that is not good for it: refused, nobody says "connected"."""
+    net = Network(1)
+    hub, edge = net.listener(flaw=flaw), net.dialler()
+    _must_be_refused(net, hub, edge)
+
+
+@pytest.mark.parametrize("flaw", [f for f in Flaw if f not in (Flaw.NONE, Flaw.CLIENT_ONLY)])
+def test_fault_24_flawed_dialler(flaw: Flaw) -> None:
+    """The same on the dialling side; the listener says why to its owner."""
+    net = Network(1)
+    hub, edge = net.listener(), net.dialler(flaw=flaw)
+    _must_be_refused(net, hub, edge)
+    assert len(hub.refusals) == 1
+    assert hub.refusals[0][2]
+
+
+def test_fault_24_other_node_than_expected() -> None:
+    """Any gateway has a good certificate; only the one that was meant may answer."""
+    net = Network(1)
+    other, edge = net.listener("gateway-7"), net.dialler()
+    _must_be_refused(net, other, edge, node="hub-1")
+
+
+def test_fault_24_revoked() -> None:
+    """The listener's owner refuses by name or serial number."""
+    net = Network(1)
+    hub, edge = net.listener(authorise=lambda peer: f"{peer.node} is revoked"), net.dialler()
+    closed = _must_be_refused(net, hub, edge)
+    assert "edge-1 is revoked" in closed.reason
+    assert hub.refusals[0][1].node == "edge-1"
+    assert "revoked" in hub.refusals[0][2]
+
+
+def _must_be_refused(net: Network, hub: Host, edge: Host, node: str = "hub-1") -> SessionClosed:
+    session = edge.connect(hub, node=node)
+    net.run(lambda: not session.live, limit=5.0)
+    closed = edge.closed(session)
+    assert closed is not None
+    assert closed.code is ErrorCode.AUTH
+    assert closed.reason
+    # one round trip for Retry, one until the certificates have met; then at most 2 RTT
+    assert net.now - START <= (2 + 2) * 0.02 + 0.001
+    net.run_for(10.0)
+    assert not edge.connected()
+    assert not hub.connected()
+    assert edge.events(session) == [closed]
+    assert not hub.endpoint.sessions
+    assert not edge.endpoint.sessions
+    return closed
 
 
 @pytest.mark.parametrize("seed", seeds(3, 50))
