@@ -56,6 +56,8 @@ class Kit:
     def __init__(self, domain: str = DOMAIN, network_keys: tuple[bytes, ...] = (NETWORK_KEY,)) -> None:
         self.domain = domain
         self.network_keys = network_keys
+        self.now = datetime.now(UTC)
+        """The same for all its certificates: which was made first must not matter to a test."""
         self.ca_key = ec.generate_private_key(ec.SECP256R1())
         self.ca = _certificate(self.ca_key, None, f"{domain} CA", lifetime=timedelta(days=3650))
 
@@ -94,7 +96,7 @@ class Kit:
         not_after: datetime | None = None,
     ) -> x509.Certificate:
         """A leaf for `key`. From an hour ago for a year, unless flaw or caller say otherwise."""
-        now = datetime.now(UTC)
+        now = self.now
         start, end = now - timedelta(hours=1), now + timedelta(days=365)
         if flaw is Flaw.EXPIRED:
             start, end = now - timedelta(days=30), now - timedelta(hours=1)
