@@ -230,13 +230,13 @@ class Recovery:
         self.largest_acked = max(self.largest_acked, largest)
         acked_before = self._acked_until
         at = len(ranges) - 1
-        looked = acked = 0
+        acked = 0
         newest: Sent | None = None
         first_acked_at = float("inf")
+        arrived: list[tuple[int, float]] = []
         for sent in self.sent:
             if sent.first > largest:
                 break
-            looked += 1
             while ranges[at][1] <= sent.first:
                 at -= 1
             bits = sent.left & _covered(sent, ranges, at)
@@ -245,8 +245,7 @@ class Recovery:
             sent.left ^= bits
             size = sent.tell(bits, acked=True)
             acked += size
-            if not self.app_limited:
-                self.congestion.on_acked(size, sent.time)
+            arrived.append((size, sent.time))
             self._acked_until = max(self._acked_until, sent.time)
             first_acked_at = min(first_acked_at, sent.time)
             if bits >> (largest - sent.first) & 1:
@@ -259,6 +258,9 @@ class Recovery:
         self.pto_count = 0
         self.probes = 0
         self._detect_lost(now, acked_before, first_acked_at)
+        if not self.app_limited:
+            for size, sent_at in arrived:  # after the losses, as in RFC 9002 appendix A.7
+                self.congestion.on_acked(size, sent_at)
         self.waiting_since = now if self.sent else None
         return True
 
