@@ -30,6 +30,7 @@ from attrs import evolve
 from stp import control
 from stp.core import events as core_events
 from stp.core.errors import ErrorCode, LimitError, ProtocolError, UsageError
+from stp.core.streams import CONTROL_BUFFER
 from stp.lanes import LANES, Outgoing
 from stp.link_events import (
     DrainCreditReceived,
@@ -275,6 +276,11 @@ class Link:
     def node_of(self, source: bytes) -> str | None:
         """The node that a source of this peer belongs to; None when nobody has said."""
         return self._receiver.sources.node_of(source)
+
+    @property
+    def unacknowledged_control(self) -> int:
+        """Bytes on stream 0 that the peer's machine has not acknowledged: before a CLOSE, wait for 0."""
+        return CONTROL_BUFFER - self.session.room(0) + self._backlog_bytes if self._open else 0
 
     def statistics(self) -> LinkStatistics:
         """A snapshot; the counters never fall, the gauges (`open`, `held`, `backlog`) do."""

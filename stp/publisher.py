@@ -16,7 +16,7 @@ from attrs import Factory, define, evolve
 
 from stp.batch import MAX_BATCH, MAX_MESSAGE, Properties, encode_batch
 from stp.control import ClassRule
-from stp.core.errors import StpError
+from stp.core.errors import StpError, UsageError
 from stp.lanes import LANE_NAMES, LANES
 from stp.link import Link
 from stp.outbox import Claim, Group, Outbox, OutboxStatistics, Refused, Ticket
@@ -187,6 +187,51 @@ class Publisher:
         if not more:
             self._leave_if_due(waiting, now)
         return waiting.lane
+
+    def add_batch(
+        self,
+        topics: Sequence[str],
+        payloads: Sequence[bytes],
+        *,
+        now: float,
+        time_ms: int,
+        ttl_ms: int = 0,
+        ticket: Ticket | None = None,
+    ) -> int:
+        """Take one batch as it is; the lane it is on. What waits of its class leaves first.
+
+        Raises MessageTooLarge, TopicError, and UsageError for what makes no batch of one class.
+        """
+        classes = {self._class_of(topic) for topic in set(topics)}
+        if len(classes) != 1:
+            raise UsageError(f"a batch is of one class, not of {len(classes)}")
+        waiting = classes.pop()
+        if max(map(len, payloads), default=0) > MAX_MESSAGE:
+            raise MessageTooLarge(f"a message is above {MAX_MESSAGE} bytes")
+        batch = self._encode(topics, payloads, time_ms, ttl_ms)
+        self._close_batch(waiting)
+        claims = []
+        if ticket is not None:
+            ticket.add()
+            claims.append(Claim(0, len(topics), ticket))
+        outbox = self._outboxes[waiting.lane]
+        outbox.add(batch, len(topics), topics[0], claims, waiting.group)
+        outbox.pump(now)
+        return waiting.lane
+
+    def _encode(self, topics: Sequence[str], payloads: Sequence[bytes], time_ms: int, ttl_ms: int) -> bytes:
+        batch = encode_batch(
+            topics,
+            payloads,
+            time_ms=time_ms,
+            ttl_ms=ttl_ms,
+            publisher=self._publisher,
+            run=self._run,
+            sequence=self._sequence + 1,
+            compress=self._compress,
+        )
+        self._sequence += 1
+        return batch
 
     def flush(self, now: float) -> None:
         """Let everything leave that may: after a run of `add(more=True)`."""

@@ -42,7 +42,9 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.link",
     # -- stp: what touches the machine, and the front doors
     "stp.carriers.udp stp.identity stp.pinned",
-    "stp.enrol",
+    "stp.enrol stp.outbox stp.connection",
+    "stp.publisher stp.subscriber",
+    "stp.reader stp.requests",
     "stp.client",
     "stp.cli",
     # -- stpd: what is said of the daemon, and what it is told

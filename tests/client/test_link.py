@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import pytest
-from joined import WINDOW, Pair, hello, joined, link
+from tests.client.joined import WINDOW, Pair, hello, joined, link
 
 from stp.batch import encode_batch, node_id
 from stp.control import (

@@ -1,0 +1,72 @@
+"""A subscription with a session of its own: durable, or starting in the past (protocol §10).
+
+A lane does not say for which subscription a record is. Where every record counts it must be known, so such a
+subscription shares its session with no other.
+"""
+
+from __future__ import annotations
+
+import os
+
+import trio
+
+from stp.connection import Dialler
+from stp.control import Subscribe
+from stp.link import Link, LinkEvent, RecordReceived, SubscribedReceived
+from stp.outbox import Refused
+from stp.subscriber import Inbox, Replier, Subscription
+
+
+class Reader:
+    """Runs one subscription's session."""
+
+    def __init__(self, dialler: Dialler, replier: Replier, wanted: Subscribe, *, manual: bool) -> None:
+        self.wanted = wanted
+        self._connection = dialler.connection(
+            os.urandom(16),
+            on_up=self._on_up,
+            on_event=self._on_event,
+            on_down=self._on_down,
+            on_idle=self._on_idle,
+        )
+        self.inbox = Inbox(replier, self._connection.wake, once=True)
+        self.subscription = Subscription(wanted, self.inbox, manual, self._close)
+        self.inbox.add(self.subscription)
+        self._over = trio.Event()
+
+    async def run(self) -> None:
+        """Until the subscription is closed. What the keeper or a handshake refuses, the iterator raises."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._dial)
+            await self._over.wait()
+            with trio.CancelScope(shield=True):
+                await self._connection.aclose()
+            nursery.cancel_scope.cancel()
+
+    async def aclose(self) -> None:
+        """Close the subscription; `run` says goodbye to the keeper."""
+        await self.subscription.aclose()
+
+    async def _dial(self) -> None:
+        await self._connection.run()
+        rejected = self._connection.rejected
+        if rejected is not None:
+            self.subscription.fail(Refused(0, str(rejected), " ".join(self.wanted.filters)))
+
+    def _close(self, subscription: Subscription) -> None:
+        self._over.set()
+
+    def _on_up(self, link: Link) -> None:
+        self.inbox.attach(link)
+
+    def _on_down(self) -> None:
+        self.inbox.detach()
+
+    def _on_event(self, link: Link, event: LinkEvent) -> None:
+        if isinstance(event, RecordReceived):
+            self.inbox.on_record(event)
+        elif isinstance(event, SubscribedReceived):
+            self.inbox.on_subscribed(event.subscribed)
+
+    def _on_idle(self) -> None:
+        self.inbox.flush(trio.current_time())
