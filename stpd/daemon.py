@@ -49,6 +49,7 @@ from stpd.sessions import CHECK_INTERVAL, Sessions
 from stpd.status import ReloadReport
 from stpd.store.base import StoreError
 from stpd.store.sqlite import SqliteStore
+from stpd.throttle import Throttle
 from stpd.uplink import Target, Uplink
 
 log = structlog.get_logger("stpd")
@@ -88,6 +89,7 @@ class Daemon:
         self.authority: CertificateAuthority | None = None
         self.handshakes_refused = 0
         self._notifier = Notifier()
+        self._throttle = Throttle()
         self._path = path
         self._state = Path(config.state_dir)
         self._carriers: list[UdpCarrier] = []
@@ -366,7 +368,10 @@ class Daemon:
         self.events.publish("session.refused", text, node=node)
 
     def _on_refused(self, node: str, code: Any, reason: str) -> None:
-        log.warning("record_refused", peer=node, code=str(getattr(code, "name", code)), reason=reason)
+        silent = self._throttle.passes((node, code, reason), trio.current_time())
+        if silent is not None:
+            name = str(getattr(code, "name", code))
+            log.warning("record_refused", peer=node, code=name, reason=reason, more=silent)
 
     # -- time and signals
 
@@ -417,6 +422,8 @@ class Daemon:
         self.draining = True
         for config in self._endpoint_configs:
             config.accept = False
+        if self.uplink is not None:
+            self.uplink.stop()
         self._notifier.stopping("stopping")
         with trio.move_on_after(STOP_TIMEOUT) as scope:
             self.sessions.say_goodbye("draining" if self._stop_code is ErrorCode.GOING_AWAY else "restarting")

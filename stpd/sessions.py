@@ -45,6 +45,7 @@ from stpd.hops import PUMP_BYTES, Feed
 from stpd.relay import Door, Relay
 from stpd.router import LANES
 from stpd.store.base import Hop, Store, StoreError
+from stpd.throttle import Throttle
 
 log = structlog.get_logger("stpd.sessions")
 
@@ -165,6 +166,7 @@ class Sessions:
         self._hello = hello
         self._name_of_source = name_of_source
         self._events = events
+        self._throttle = Throttle()
         self._spawn = spawn
         self._later = later
         self._now = now
@@ -294,13 +296,16 @@ class Sessions:
     def _on_refused(self, peer: Peer, event: RefusedReceived) -> None:
         for feed in peer.feeds.values():
             feed.on_refused(event.lane, event.place, event.code, event.retry_after_ms / 1000, event.reason)
-        log.warning(
-            "refused_by_peer",
-            peer=peer.node,
-            lane=event.lane,
-            code=event.code,
-            reason=event.reason,
-        )
+        silent = self._throttle.passes((peer.node, event.lane, event.code), self._now())
+        if silent is not None:
+            log.warning(
+                "refused_by_peer",
+                peer=peer.node,
+                lane=event.lane,
+                code=event.code,
+                reason=event.reason,
+                more=silent,
+            )
 
     def _on_closed(self, peer: Peer, closed: LinkClosed) -> None:
         self.peers.pop(id(peer.session), None)

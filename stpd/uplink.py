@@ -81,6 +81,7 @@ class Uplink:
     ) -> None:
         """*dial(address, node)* starts a session; *on_time_heard* takes the upstream's clock in Unix seconds."""
         self.targets = list(targets)
+        self.stopping = False
         self.state = "waiting"
         self.since_ms = wall_ms()
         self.attempts = 0
@@ -105,6 +106,10 @@ class Uplink:
         self._refused = False
         store.add_hop(Hop(name=HOP, kind="uplink", created_ms=wall_ms()))
 
+    def stop(self) -> None:
+        """Dial no more; the present session stays until somebody closes it."""
+        self.stopping = True
+
     def takes_class(self, name: str) -> bool:
         """Does the current upstream take this class? Then custody is its word, not ours."""
         classes = self.targets[self._current].classes
@@ -116,8 +121,8 @@ class Uplink:
     # -- the loop
 
     async def run(self) -> None:
-        """Never returns; cancel it."""
-        while True:
+        """Dial again and again. Returns after `stop`, when the session under way has ended."""
+        while not self.stopping:
             started = trio.current_time()
             refused = await self._attempt(self.targets[self._current])
             if trio.current_time() - started > STEADY and self.attempts == 0:
@@ -129,6 +134,8 @@ class Uplink:
                 delay = RETRY_REFUSED
             delay = max(delay * (0.5 + self._jitter()), self._slot_s)
             self._slot_s = 0.0
+            if self.stopping:
+                return
             self._current = (self._current + 1) % len(self.targets) if self.attempts else 0
             self._enter("refused" if refused else "waiting")
             self.next_attempt_ms = self._wall_ms() + round(delay * 1000)

@@ -50,6 +50,9 @@ MAX_RESERVE: Final = 64 << 20
 """The reserve is an eighth of the budget between these."""
 DEFAULT_CACHE: Final = 64 << 20
 
+ROOM_AGAIN: Final = 0.95
+"""Share of the limit below which a store that refused for want of room no longer calls itself full."""
+
 QUEUE_BYTES: Final = 64 << 20
 QUEUE_RECORDS: Final = 65_536
 """Records that wait for the writer, at most; more are refused as FULL."""
@@ -85,6 +88,7 @@ class SqliteStore:
         self._token = trio.lowlevel.current_trio_token()
         self._queued_bytes = 0
         self._queued_records = 0
+        self._refusing = False
         self._used = committer.used
         self._ended = trio.Event()
         self._closed = False
@@ -169,6 +173,7 @@ class SqliteStore:
             self._statistics.full_disk += 1
         elif self._used + self._queued_bytes + size > self._limit:
             self._statistics.full_budget += 1
+            self._refusing = True
         elif self._queued_bytes + size > QUEUE_BYTES or self._queued_records >= QUEUE_RECORDS:
             self._statistics.full_queue += 1
         elif self._ended.is_set() or self._closed:
@@ -479,7 +484,9 @@ class SqliteStore:
 
     @property
     def full(self) -> bool:
-        return bool(self._degraded) or self._used + self._queued_bytes >= self._limit
+        if self._refusing and self._used + self._queued_bytes < self._limit * ROOM_AGAIN:
+            self._refusing = False
+        return bool(self._degraded) or self._refusing
 
     @property
     def degraded(self) -> str:
