@@ -150,8 +150,11 @@ class StreamSet:
             self._advance_session(taken - credit.taken, now, rtt)
         credit.taken = taken
         if receiver.final_size is None and credit.due():
-            if stream:
-                self.credit.window += credit.grow(now, rtt, self._budget)
+            more = credit.grow(now, rtt, self._budget) if stream else 0
+            if more:  # the session's grows with it, at once: it is never below the sum of the lanes
+                self.credit.window += more
+                self.credit.announce()
+                self._pending[MAX_DATA, 0] = None
             receiver.limit = credit.announce()
             self._pending[MAX_STREAM_DATA, stream] = None
 
