@@ -13,7 +13,17 @@ from typing import Final
 from stp.records import read_record
 from stpd.store.base import Quarantined, Stored
 from stpd.store.changes import Aside
-from stpd.store.rows import INSERT, SELECT, DamagedRowError, columns_hold, make_row, read_row, row_id
+from stpd.store.rows import (
+    INSERT,
+    SELECT,
+    DamagedRowError,
+    columns_hold,
+    from_column,
+    make_row,
+    read_row,
+    row_id,
+    to_column,
+)
 
 MAX_ENTRIES: Final = 1024
 MAX_BYTES: Final = 32 << 20
@@ -26,7 +36,7 @@ class Quarantine:
     def __init__(self, conn: sqlite3.Connection) -> None:
         self._conn = conn
         self.entries: list[Quarantined] = [
-            Quarantined(*row)
+            Quarantined(*(*row[:4], from_column(row[4]), *row[5:]))
             for row in conn.execute(
                 "SELECT id, lane, pos, source, number, reason, peer, messages, coalesce(length(record), 0), at_ms"
                 " FROM quarantine ORDER BY id"
@@ -58,7 +68,7 @@ class Quarantine:
                 entry.lane,
                 entry.pos,
                 entry.source,
-                str(entry.number) if entry.number >= 1 << 63 else entry.number,
+                to_column(entry.number),
                 entry.reason,
                 entry.peer,
                 entry.messages,

@@ -82,8 +82,11 @@ class Reader:
         self, conn: sqlite3.Connection, lane: int, start: int, stop: int, found: list[Stored]
     ) -> None:
         """Say of start..stop-1 that their rows are gone: positions have no gaps of their own."""
-        positions = range(start, min(stop, start + MISSING_AT_ONCE))
-        found.extend(missing(lane, pos, *self._sums(conn, lane, pos)) for pos in positions)
+        for pos in range(start, min(stop, start + MISSING_AT_ONCE)):
+            messages, cumulative = self._sums(conn, lane, pos)
+            if found and found[-1].cumulative == cumulative:
+                messages = 0  # the first of several has them all: nobody knows how they were spread
+            found.append(missing(lane, pos, messages, cumulative))
 
     def _step(self, conn: sqlite3.Connection, lane: int, start: int, last: int, found: list[Stored]) -> None:
         """Go row by row through a damaged part of the database, up to the first row that can be read."""

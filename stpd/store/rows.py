@@ -11,8 +11,7 @@ import struct
 from typing import Any, Final
 from zlib import crc32
 
-from stp.core.errors import CorruptError
-from stp.records import VOID, VoidReason, encode_void, read_record
+from stp.records import MAX_HOPS, VOID, VoidReason, encode_void
 from stpd.store.base import Stored
 
 LANE_SHIFT: Final = 48
@@ -32,6 +31,8 @@ Row = tuple[Any, ...]
 
 _COLUMNS: Final = struct.Struct("!qB16sqqBIIqqqI")
 _U32: Final = struct.Struct("!I")
+_VOID_TO: Final = struct.Struct("!IBBH16sQQ")
+"""A record's head as far as a void's `to`; data and part records are longer too."""
 _SIGN: Final = 1 << 63
 _WRAP: Final = 1 << 64
 
@@ -157,15 +158,22 @@ def missing(lane: int, pos: int, messages: int, cumulative: int) -> Stored:
 
 
 def _identity(row: Row, lane: int) -> tuple[bytes, int, int, tuple[bytes, ...]]:
+    """Source, number, to and hops, by whichever witness is whole; zeros if none is."""
     record = row[15]
     if columns_hold(row):
-        end = _body_end(record)
-        hops = tuple(record[at : at + 16] for at in range(end, len(record) - 5, 16))
-        return row[2], from_column(row[3]), from_column(row[4]), hops
-    try:
-        head = read_record(record)
-    except (CorruptError, TypeError):
-        return bytes(16), 0, 0, ()
-    if head.lane != lane:
-        return bytes(16), 0, 0, ()
-    return head.source, head.number, head.to, head.hops
+        return row[2], from_column(row[3]), from_column(row[4]), _hops(record, _body_end(record))
+    if isinstance(record, bytes):
+        for hops in range(MAX_HOPS + 1):  # the trailer may be what is damaged, so it is not asked
+            end = len(record) - 5 - 16 * hops
+            if end < _VOID_TO.size + 4:
+                break
+            if crc32(memoryview(record)[4 : end - 4]) == _U32.unpack_from(record, end - 4)[0]:
+                _, kind, its_lane, _, source, number, to = _VOID_TO.unpack_from(record)
+                if its_lane != lane:
+                    break
+                return source, number, to if kind == VOID else number, _hops(record, end)
+    return bytes(16), 0, 0, ()
+
+
+def _hops(record: bytes, end: int) -> tuple[bytes, ...]:
+    return tuple(record[at : at + 16] for at in range(end, len(record) - 5, 16))

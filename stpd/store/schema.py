@@ -2,7 +2,8 @@
 
 (1) One process at a time: the directory is locked before anything in it is read.
 (2) A format newer than ours, or a file that is no store, is refused with a clear line and left as it is.
-(3) Every connection says what durability means: write-ahead log, synced on every commit.
+(3) Every connection says what durability means: write-ahead log, synced on every commit. A store is made in
+    one transaction, so that a crash leaves none or a whole one.
 """
 
 from __future__ import annotations
@@ -126,17 +127,10 @@ class DirectoryLock:
 
 
 def connect(path: Path, *, reading: bool = False) -> sqlite3.Connection:
-    """A connection with everything set that durability and speed need. Used by one thread at a time."""
+    """A connection to a store that exists, with everything set that durability and speed need."""
     conn = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
     try:
-        conn.execute(f"PRAGMA page_size = {PAGE_SIZE}")  # the first three only tell on a new file
-        conn.execute("PRAGMA auto_vacuum = INCREMENTAL")
-        conn.execute("PRAGMA journal_mode = WAL").fetchone()
-        conn.execute("PRAGMA synchronous = FULL")
-        conn.execute("PRAGMA wal_autocheckpoint = 0")  # the writer does it when nobody waits for a commit
-        conn.execute("PRAGMA secure_delete = 0")  # Debian's build overwrites what it deletes
-        conn.execute("PRAGMA trusted_schema = 0")
-        conn.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        _tune(conn)
         if reading:
             conn.execute("PRAGMA query_only = 1")
     except BaseException:
@@ -145,17 +139,24 @@ def connect(path: Path, *, reading: bool = False) -> sqlite3.Connection:
     return conn
 
 
+def _tune(conn: sqlite3.Connection) -> None:
+    conn.execute("PRAGMA journal_mode = WAL").fetchone()
+    conn.execute("PRAGMA synchronous = FULL")
+    conn.execute("PRAGMA wal_autocheckpoint = 0")  # the writer does it when nobody waits for a commit
+    conn.execute("PRAGMA secure_delete = 0")  # Debian's build overwrites what it deletes
+    conn.execute("PRAGMA trusted_schema = 0")
+    conn.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+
+
 def open_database(path: Path) -> sqlite3.Connection:
     """The writing connection, tables made if there were none. Raises StoreError and its kinds."""
     try:
         os.close(
             os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         )  # SQLite would leave it to umask
-        conn = connect(path)
+        conn = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
     except OSError as exc:
         raise StoreError(f"cannot open {path}: {exc.strerror}; check owner, mode and free space") from exc
-    except sqlite3.Error as exc:
-        raise _explain(path, exc) from exc
     try:
         _prepare(conn, path)
     except sqlite3.Error as exc:
@@ -168,17 +169,11 @@ def open_database(path: Path) -> sqlite3.Connection:
 
 
 def _prepare(conn: sqlite3.Connection, path: Path) -> None:
+    """Look before anything is changed: promise (2)."""
     application = conn.execute("PRAGMA application_id").fetchone()[0]
     version = conn.execute("PRAGMA user_version").fetchone()[0]
     if application == 0 and conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0:
-        conn.execute("BEGIN IMMEDIATE")
-        for statement in TABLES.split(";\n"):
-            if statement.strip():
-                conn.execute(statement)
-        conn.executemany("INSERT INTO lane VALUES (?, 0, 0, 0, 0, 0, 0, 0)", [(n,) for n in range(1, 5)])
-        conn.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        conn.execute(f"PRAGMA user_version = {FORMAT}")
-        conn.execute("COMMIT")
+        _make(conn)
     elif application != APPLICATION_ID:
         raise StoreFormatError(f"{path} is a database of another program: use another directory")
     elif version > FORMAT:
@@ -186,6 +181,21 @@ def _prepare(conn: sqlite3.Connection, path: Path) -> None:
             f"{path} was written by a newer stpd (format {version}, this one knows up to {FORMAT}):"
             " upgrade stpd, or use another directory"
         )
+    else:
+        _tune(conn)
+
+
+def _make(conn: sqlite3.Connection) -> None:
+    conn.execute(f"PRAGMA page_size = {PAGE_SIZE}")  # these two only tell before the first table
+    conn.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    _tune(conn)
+    conn.execute("BEGIN IMMEDIATE")
+    for statement in TABLES.split(";\n"):
+        conn.execute(statement)
+    conn.executemany("INSERT INTO lane VALUES (?, 0, 0, 0, 0, 0, 0, 0)", [(n,) for n in range(1, 5)])
+    conn.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    conn.execute(f"PRAGMA user_version = {FORMAT}")
+    conn.execute("COMMIT")
 
 
 def _explain(path: Path, exc: sqlite3.Error) -> StoreError:

@@ -207,10 +207,10 @@ async def test_retention_keeps_what_everybody_has(tmp_path: Path, monkeypatch: p
     clock = Clock()
     async with await open_store(tmp_path, clock=clock, retention_s=60.0) as store:
         desk = Desk(store)
+        store.add_hop(Hop("r", "reader", lanes=(LANE,)))
         for _ in range(4):
             await fill(desk, 1)
             clock.now += 19
-        store.add_hop(Hop("r", "reader", lanes=(LANE,)))
         await fill(desk, 1, lane=2)
         assert store.first(LANE) == 1, "the reader has not taken it, though it is old"
         store.advance("r", LANE, 4, custody=4)
