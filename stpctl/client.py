@@ -130,7 +130,7 @@ class Client:
                 cause, "is this context's bundle of the same fleet, and the clock right?", REFUSED
             )
         if isinstance(exc, ssl.SSLError) and "ALERT" in (exc.reason or ""):
-            cause = f"{where} refused this operator's certificate: {_alert(exc.reason)}"
+            cause = f"{where} refused this operator's certificate: {_judgement(exc.reason)}"
             return CommandError(cause, OPERATOR_ADVICE, REFUSED)
         if isinstance(exc, ssl.SSLError):
             cause = f"no TLS with {where}: {_alert(exc.reason or str(exc))}"
@@ -174,6 +174,20 @@ def _check_node(sock: Any, node: str) -> None:
             "another daemon listens there, or the context is old: stpctl context show",
             REFUSED,
         )
+
+
+JUDGEMENTS: Final = {
+    "unknown ca": "its authority is not known there",
+    "decrypt error": "it was signed by another authority of the same name",
+    "certificate expired": "it has expired, or one of the clocks is wrong",
+    "bad certificate": "it is of no use there, perhaps not valid yet",
+}
+"""What a TLS alert means for an operator (RFC 8446 §6.2)."""
+
+
+def _judgement(reason: str) -> str:
+    alert = _alert(reason)
+    return JUDGEMENTS.get(alert, alert)
 
 
 def _alert(reason: str) -> str:

@@ -369,6 +369,8 @@ class ManagementServer:
         except (trio.TooSlowError, *httpd.GONE) as exc:
             self.statistics.failed_tls += 1
             log.info("operator_refused", address=address, reason=_tls_reason(exc))
+            if isinstance(exc.__cause__, ssl.SSLError):
+                await _say_why(stream)
             return None
         return stream
 
@@ -435,6 +437,23 @@ class ManagementServer:
         except trio.TooSlowError:
             message = f"no answer within {httpd.REQUEST_TIMEOUT:.0f} s"
             raise RequestError(504, "timeout", message, "look at the daemon's log") from None
+
+
+async def _say_why(stream: trio.SSLStream[trio.SocketStream]) -> None:
+    """Send the TLS alert, which trio leaves in its buffer, and read on until the client has it (RFC 8446 §6.2).
+
+    Without it a refused operator sees a connection that closes, and no reason.
+    """
+    alert: ssl.MemoryBIO = stream._outgoing
+    raw = stream.transport_stream
+    with trio.move_on_after(httpd.CLOSE_TIMEOUT):
+        try:
+            await raw.send_all(alert.read())
+            await raw.send_eof()
+            while await raw.receive_some(httpd.READ_SIZE):
+                pass
+        except httpd.GONE:
+            pass
 
 
 def _tls_reason(exc: BaseException) -> str:

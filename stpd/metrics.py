@@ -280,7 +280,9 @@ def _process(s: Snapshot) -> Iterator[Metric]:
         "queue",
         {name: limit for name, (_, limit) in s.queues.items()},
     )
-    yield _by(CounterMetricFamily, "api", "Connections and requests at the management API.", "what", s.api)
+    told = {name: count for name, count in s.api.items() if name != "open"}
+    yield _by(CounterMetricFamily, "api", "Connections and requests at the management API.", "what", told)
+    yield _gauge("api_connections", "Operators connected now.", s.api.get("open", 0))
     yield _by(CounterMetricFamily, "events", "Events told to watchers.", "what", s.events)
     yield _counter("log_lines", "Log lines written.", s.log_written)
     yield _counter("log_lines_dropped", "Log lines dropped, because nobody took them.", s.log_dropped)

@@ -193,7 +193,8 @@ def test_a_line_is_one_line(pipe: tuple[int, int], format: str, bad: object) -> 
 
 
 def test_the_journal_gets_priorities(pipe: tuple[int, int]) -> None:
-    code = "from stpd import logs; import structlog\nlogs.configure(); structlog.get_logger().error('x'); logs.shutdown()"
+    code = "from stpd import logs\nimport structlog\nlogs.configure()\n"
+    code += "structlog.get_logger().error('x')\nlogs.shutdown()"
     environment = {**os.environ, "JOURNAL_STREAM": "8:1"}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True)
     assert run.stderr.startswith(b"<3>{")
