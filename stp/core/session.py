@@ -13,7 +13,6 @@ The owner calls, in this order: input (`receive_*`, `handle_timeout`, or a comma
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from enum import Enum, auto
 from typing import Any, Final
@@ -192,7 +191,7 @@ class Session:
         self._streams = StreamSet(dialling, context.budget)
         self._data: DataSpace | None = None
         self._early: list[bytes] | None = None
-        self._events: deque[Event] = deque()
+        self._events: list[Event] = []
         self._announced: set[int] = set()
         self._counts = SessionStatistics()
         self._close_frame: tuple[int, str] | None = None
@@ -271,7 +270,7 @@ class Session:
     def next_event(self) -> Event | None:
         if not self._events or self.state in (State.HANDSHAKE, State.KEYED):
             return None  # what comes before the proof is news only after it
-        event = self._events.popleft()
+        event = self._events.pop(0)
         if isinstance(event, StreamReadable):
             self._announced.discard(event.stream)
         return event
