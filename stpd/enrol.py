@@ -77,6 +77,7 @@ class Tries:
     def __init__(self, limit: int = MAX_ADDRESSES) -> None:
         self._limit = limit
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._told: OrderedDict[str, float] = OrderedDict()
 
     def take(self, key: str, per_minute: int, now: float) -> float:
         """0.0: go ahead. Otherwise the seconds to wait."""
@@ -92,6 +93,15 @@ class Tries:
         if key in self._buckets:
             left, since = self._buckets[key]
             self._buckets[key] = (left + 1.0, since)
+
+    def worth_telling(self, key: str, now: float) -> bool:
+        """True once a minute for an address that goes on trying: the log is no toy of strangers."""
+        if now - self._told.get(key, -math.inf) < 60.0:
+            return False
+        self._told[key] = now
+        if len(self._told) > self._limit:
+            self._told.popitem(last=False)
+        return True
 
     def __len__(self) -> int:
         return len(self._buckets)
@@ -247,7 +257,8 @@ class EnrolmentDoor:
         wait = self._tries.take(charged, rate, trio.current_time())
         if wait:
             self.statistics.refused_tries += 1
-            log.warning("enrol_too_many_tries", address=host, forwarder=node)
+            if self._tries.worth_telling(charged, trio.current_time()):
+                log.warning("enrol_too_many_tries", address=host, forwarder=node)
             return answer_of(
                 RefusedError(
                     Refusal.TOO_MANY, "too many tries from this address", f"try again in {math.ceil(wait)} s"
@@ -256,6 +267,7 @@ class EnrolmentDoor:
         status, body = await trio.to_thread.run_sync(
             lambda: self.issuer.answer(request.path, request.body, host=request.host, address=host),
             limiter=self._workers,
+            abandon_on_cancel=True,  # what it wrote by then stands, and asking again costs nothing
         )
         if status == 200:
             self._tries.give_back(charged)

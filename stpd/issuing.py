@@ -50,6 +50,8 @@ log = structlog.get_logger("stpd.enrol")
 
 FORWARD_TIMEOUT: Final = 8.0
 """Seconds a gateway waits for its hub; the machine that asks has 10 for all."""
+REPEAT_WINDOW: Final = 3600.0
+"""Seconds after an enrolment in which the same token, name and key may ask again; later there is `renew`."""
 FORWARD_CONTEXT: Final = b"stp-enrol/1 forward\0"
 FORWARDER_HEADER: Final = "stp-forwarder"
 SIGNATURE_HEADER: Final = "stp-forwarder-signature"
@@ -173,7 +175,8 @@ class Issuer:
                 "gateways join with stpd join, all others with stp join",
             )
         node = self.registry.check_name(name, key_id(key))
-        again = node is not None and node.token == entry.id  # (2)
+        again = node is not None and node.token == entry.id and not entry.revoked
+        again = again and node is not None and self.clock() - node.enrolled_at < REPEAT_WINDOW  # (2)
         if not again:
             self.tokens.check_open(entry)
         answer, leaf = self._issue(key, name, entry.role, host)
@@ -181,7 +184,7 @@ class Issuer:
         if not again:
             self.tokens.spend(entry.id)
         self.statistics.enrolled += 1
-        log.info("enrolled", node=name, role=entry.role, token=entry.id, address=address, again=again)
+        log.info("enrolled", node=name, role=entry.role, token_id=entry.id, address=address, again=again)
         return answer
 
     def _renew(self, fields: dict[str, str], host: str, address: str) -> dict[str, Any]:
@@ -231,13 +234,15 @@ class Issuer:
             raise _bad(str(exc)) from exc
 
     def _own(self, leaf: x509.Certificate) -> str:
-        """The node of a certificate that our CA issued and nobody revoked. Raises RefusedError."""
+        """The node of a certificate that our CA, or one we trust, issued and nobody revoked. Raises RefusedError."""
         assert self.authority is not None
         stranger = RefusedError(
             Refusal.NODE_UNKNOWN, "the certificate is not of this hub's CA", "join again, with a token"
         )
         try:
-            leaf.verify_directly_issued_by(self.authority.certificate)
+            issuer = next((a for a in self._anchors() if a.subject == leaf.issuer and _issued(leaf, a)), None)
+            if issuer is None:
+                raise stranger
             domain, node = identity_of(leaf.public_bytes(serialization.Encoding.DER))
         except (*UNREADABLE, InvalidSignature, StpError) as exc:
             raise stranger from exc
@@ -246,6 +251,13 @@ class Issuer:
         if self.registry.is_revoked(leaf.serial_number):
             raise RefusedError(Refusal.NODE_REVOKED, f"{node} is revoked", "ask the operator of the hub")
         return node
+
+    def _anchors(self) -> list[x509.Certificate]:
+        """Our CA, and what else the own identity trusts: while a CA is replaced there are two."""
+        assert self.authority is not None
+        own = self.authority.der
+        others = [der for der in self.identity().credentials.anchors_der if der != own]
+        return [self.authority.certificate, *map(x509.load_der_x509_certificate, others)]
 
     def _issue(
         self, key: ec.EllipticCurvePublicKey, node: str, role: str, host: str
@@ -257,7 +269,7 @@ class Issuer:
             "node": node,
             "role": role,
             "chain": certificate_pem(leaf),
-            "anchors": self.authority.pem,
+            "anchors": "".join(certificate_pem(anchor) for anchor in self._anchors()),
             "network_key": "".join(network_key_pem(secret) for secret in identity.network_keys),
             "upstream": self._upstream(host),
             "time": self.clock(),
@@ -362,6 +374,14 @@ class Issuer:
         if not isinstance(found, dict) or any(not isinstance(found.get(part), str) for part in needed):
             raise _bad(f"the request must be an object with {', '.join(needed)}")
         return {part: found[part] for part in needed}
+
+
+def _issued(leaf: x509.Certificate, anchor: x509.Certificate) -> bool:
+    try:
+        leaf.verify_directly_issued_by(anchor)
+    except (*UNREADABLE, InvalidSignature):
+        return False
+    return True
 
 
 def _verify(leaf: x509.Certificate, signature: bytes, digest: bytes) -> None:

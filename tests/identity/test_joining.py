@@ -342,3 +342,39 @@ def test_a_hub_renews_itself(tmp_path: Path) -> None:
     assert after.serial != before.serial
     assert config.enrol.ca is not None
     assert CertificateAuthority.load(config.enrol.ca).der in after.credentials.anchors_der
+
+
+async def test_the_authority_is_replaced_without_a_gap(site: Site, tmp_path: Path) -> None:
+    """Both CAs are trusted first; then the new one signs, for the hub too; nodes follow when they renew."""
+    issuer = site.door.issuer
+    before = await joined(site, tmp_path / "d.pem")
+    new = CertificateAuthority.create("site", site.clock)
+    site.identity.credentials.anchors_der = (site.authority.der, new.der)
+    both = await in_thread(renew_file, tmp_path / "d.pem", site.host)
+    assert set(both.credentials.anchors_der) == {site.authority.der, new.der}
+    hub = identity_from(new, "hub-1", answers=True)
+    hub.credentials.anchors_der = (new.der, site.authority.der)
+    issuer.identity, issuer.authority = lambda: hub, new
+    after = await in_thread(renew_file, tmp_path / "d.pem", site.host)
+    assert connects(after, hub) == ("", "")
+    assert connects(both, hub) == ("", "")  # one that has not renewed since stays
+    hub.credentials.anchors_der = (new.der,)
+    assert connects(after, hub) == ("", "")
+    wrong, _ = connects(before, hub)  # the one that missed all of it is out
+    assert "certificate verify failed" in wrong
+
+
+async def test_asking_again_has_an_end(site: Site) -> None:
+    """issuing (2): an hour later, or once the token is revoked, it is no lost answer any more."""
+    made = site.tokens.create("device", 1, 10 * HOUR)
+    key = enrol.new_key()
+    await in_thread(join, made.token, site.host, "sensor-1", key)
+    site.clock.now += HOUR - 1
+    await in_thread(join, made.token, site.host, "sensor-1", key)
+    site.clock.now += 1
+    late = await failing(join, made.token, site.host, "sensor-1", key)
+    assert late.refusal == "token-used"
+    site.clock.now -= HOUR
+    site.tokens.revoke(made.id)
+    revoked = await failing(join, made.token, site.host, "sensor-1", key)
+    assert revoked.refusal == "token-revoked"

@@ -202,13 +202,9 @@ def test_renew_says_what_is_wrong(tmp_path: Path, home: Path) -> None:
 @pytest.mark.real
 def test_the_commands_start_without_a_daemon(tmp_path: Path) -> None:
     """As a process of its own: what a person runs first."""
-    code = (
-        "import click; from stpd.setup_cli import COMMANDS;"
-        "click.Group('stpd', commands={c.name: c for c in COMMANDS})(prog_name='stpd')"
-    )
     environment = os.environ | {"XDG_CONFIG_HOME": str(tmp_path / "home")}
     done = subprocess.run(
-        [sys.executable, "-c", code, "init", "hub", "--name", "hub-1", "--dir", str(tmp_path / "hub")],
+        [sys.executable, "-m", "stpd", "init", "hub", "--name", "hub-1", "--dir", str(tmp_path / "hub")],
         env=environment,
         capture_output=True,
         text=True,
