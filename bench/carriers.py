@@ -35,6 +35,8 @@ HOST: Final = "127.0.0.1"
 PACKET: Final = 1200
 CHUNK: Final = 64 * 1024
 """Bytes of one write; a stream says that it is writable from that much room on."""
+LIMITS: Final = ("max_half_open", "address_half_open", "address_rate", "total_rate")
+"""What an endpoint lets strangers do (protocol §4, Limits)."""
 QUIET: Final = 0.5
 """Seconds without a packet after which a DTLS transfer counts as over."""
 
@@ -63,7 +65,9 @@ def say_port(port: int) -> None:
 # -- STP
 
 
-def stp_endpoint(directory: Path, name: str, *, accept: bool) -> Endpoint:
+def stp_endpoint(directory: Path, name: str, *, accept: bool, unlimited: bool = False) -> Endpoint:
+    """`unlimited`: any number of handshakes from one address."""
+    lifted = dict.fromkeys(LIMITS, 1_000_000) if unlimited else {}
     identity = Identity.load(directory / f"{name}.pem")
     contexts = ContextCache(identity, TimeFloor())
     return Endpoint(
@@ -74,6 +78,7 @@ def stp_endpoint(directory: Path, name: str, *, accept: bool) -> Endpoint:
             accept=accept,
             random_bytes=os.urandom,
             datagram=PACKET,
+            **lifted,
         )
     )
 

@@ -31,8 +31,9 @@ RECEIVE_BUFFER: Final = 8 * 1024 * 1024
 SEND_BUFFER: Final = 4 * 1024 * 1024
 DATAGRAM_BUFFER: Final = 65_536
 """Bytes: the largest GRO buffer and the largest UDP datagram."""
-DRAIN_LIMIT: Final = 64
-"""Buffers read in one wake-up before timers and sends get their turn."""
+DRAIN_BUFFERS: Final = 64
+DRAIN_BYTES: Final = 256 * 1024
+"""Buffers or bytes read in one go before timers and sends get their turn: a bulk sender idles without ACKs."""
 RESOLVE_TIMEOUT: Final = 5.0
 """Seconds that a name may take."""
 
@@ -215,7 +216,8 @@ class UdpCarrier:
     def _drain(self, now: float) -> None:
         sock, view, counts, receive = self._sock, self._view, self._statistics, self._endpoint.receive
         buffers = [self._buffer]
-        for _ in range(DRAIN_LIMIT):
+        left = DRAIN_BYTES
+        for _ in range(DRAIN_BUFFERS):
             try:
                 size, control, _, address = sock.recvmsg_into(buffers, _CONTROL_SPACE)
             except BlockingIOError:
@@ -232,6 +234,9 @@ class UdpCarrier:
             else:
                 counts.rx_datagrams += 1
                 receive(view[:size], address, now, 0)
+            left -= size
+            if left <= 0:
+                return
 
     def _flush(self, now: float) -> None:
         if self._blocked:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from datetime import datetime
-from typing import Final, TypeAlias
+from typing import Final, Protocol, TypeAlias
 
 from attrs import define
 from cryptography import x509
@@ -161,11 +161,20 @@ def make_context(settings: TlsSettings, server: bool) -> SSL.Context:
     return made
 
 
+class Judge(Protocol):
+    """Who decides for one side; asked before keys are derived, hello first."""
+
+    def check_hello(self, hello: TransportHello) -> None:
+        """Raises ProtocolError if the peer's hello does not fit what it came in (echoes)."""
+
+    def check_peer(self, peer: PeerIdentity) -> str | None:
+        """A reason to refuse the verified peer, or None."""
+
+
 class Handshake:
     """One side of the handshake: ordered bytes in, ordered bytes out. Carriers differ, this does not.
 
-    `check_hello` raises ProtocolError if the peer's hello does not fit (echoes); `check_peer` gives a reason
-    to refuse the verified peer, or None. Both are asked before keys are derived.
+    The judge is handed in with the bytes, not kept: TLS objects are large, and no cycle shall delay their end.
     """
 
     def __init__(
@@ -175,15 +184,11 @@ class Handshake:
         *,
         dialling: bool,
         hello: TransportHello,
-        check_hello: Callable[[TransportHello], None],
-        check_peer: Authorise,
     ) -> None:
         self._tls = SSL.Connection(tls_context, None)
         self._dialling = dialling
         self._leaf_der = leaf_der
         self._hello = hello.encode()
-        self._check_hello = check_hello
-        self._check_peer = check_peer
         self._buffer = b""
         self._received = 0
         self._peer_hello_raw: bytes | None = None
@@ -194,7 +199,7 @@ class Handshake:
         self.result: HandshakeResult | None = None
         if dialling:
             self._tls.set_connect_state()
-            self._drive()
+            self._start()
         else:
             self._tls.set_accept_state()
 
@@ -211,7 +216,7 @@ class Handshake:
         out, self._out = b"".join(self._out), []
         return out
 
-    def receive(self, data: bytes) -> None:
+    def receive(self, data: bytes, judge: Judge) -> None:
         """The next bytes of the peer's stream.
 
         Raises ProtocolError for a hello that is wrong, LimitError beyond 16 KiB, HandshakeRefused when one
@@ -222,12 +227,12 @@ class Handshake:
             raise LimitError(f"handshake of more than {MAX_HANDSHAKE} bytes")
         if self.peer_hello is None:
             self._buffer += data
-            data = self._read_hello()
-        if data:
+            data = self._read_hello(judge)
+        if data and (self._dialling or not self._shaken):  # a listener has heard all it needs
             self._tls.bio_write(data)
-            self._drive()
+            self._drive(judge)
 
-    def _read_hello(self) -> bytes:
+    def _read_hello(self, judge: Judge) -> bytes:
         """Reads the hello once it is complete; gives the TLS bytes behind it."""
         if len(self._buffer) < 2:
             return b""
@@ -240,11 +245,17 @@ class Handshake:
         hello = TransportHello.decode(raw)
         if hello.versions[0] != VERSION:
             raise ProtocolError(f"peer chose version {hello.versions[0]:#010x}")
-        self._check_hello(hello)
+        judge.check_hello(hello)
         self.peer_hello, self._peer_hello_raw, self._buffer = hello, raw, b""
         return rest
 
-    def _drive(self) -> None:
+    def _start(self) -> None:
+        try:
+            self._tls.do_handshake()
+        except SSL.WantReadError:
+            self._collect()
+
+    def _drive(self, judge: Judge) -> None:
         if self._shaken:
             self._read_verdict()
             return
@@ -260,12 +271,15 @@ class Handshake:
         if self._dialling:
             # Our Finished would make us a peer in the listener's eyes: judge it before it leaves.
             flight = self._bio()
-            self._finish()
+            self._finish(judge)
             self._out.append(flight)
             self._read_verdict()
         else:
             self._bio()  # session tickets, if any: never sent
-            self._finish()
+            try:
+                self._finish(judge)
+            finally:
+                del self._tls  # some 70 KiB that a listener's half-open sessions need not hold
 
     def _verify_problem(self) -> str:
         """Why OpenSSL does not accept the peer's chain; "" where it did or cannot say."""
@@ -291,7 +305,7 @@ class Handshake:
             raise HandshakeRefused(explain(exc)) from exc
         raise ProtocolError("application data inside the handshake")
 
-    def _finish(self) -> None:
+    def _finish(self, judge: Judge) -> None:
         """TLS is content; we judge and derive (protocol §3, §4)."""
         leaf = self._tls.get_peer_certificate(as_cryptography=True)
         chain = self._tls.get_verified_chain(as_cryptography=True)
@@ -311,7 +325,7 @@ class Handshake:
             not_after=leaf.not_valid_after_utc,
             chain_der=(leaf_der, *(c.public_bytes(Encoding.DER) for c in chain[1:])),
         )
-        reason = self._check_peer(self.peer)
+        reason = judge.check_peer(self.peer)
         if reason is not None:
             self._say_goodbye()
             raise HandshakeRefused(reason)

@@ -249,6 +249,14 @@ class InitHandshake:
 
     # -- subclasses
 
+    def check_hello(self, hello: TransportHello) -> None:
+        """What the handshake asks of its judge."""
+        raise NotImplementedError
+
+    def check_peer(self, peer: PeerIdentity) -> str | None:
+        """What the handshake asks of its judge."""
+        raise NotImplementedError
+
     def _check_cids(self, received: InitPacket) -> None:
         raise NotImplementedError
 
@@ -297,7 +305,7 @@ class InitHandshake:
 
     def _feed_tls(self, data: bytes) -> None:
         try:
-            self._tls.receive(data)
+            self._tls.receive(data, self)
         except HandshakeRefused as exc:
             if self._hint is not None and self._hint.reason:
                 raise _refused_by_peer(self._hint) from exc
@@ -450,8 +458,6 @@ class ClientHandshake(InitHandshake):
             leaf_der,
             dialling=True,
             hello=self._hello(),
-            check_hello=self._check_hello,
-            check_peer=self._check_peer,
         )
         self._client_hello = self._tls.take_tls()
         self._outgoing.write(self._tls.hello_block() + self._client_hello)
@@ -490,7 +496,7 @@ class ClientHandshake(InitHandshake):
             self._adopted = True
             self.peer_cid = received.scid
 
-    def _check_hello(self, hello: TransportHello) -> None:
+    def check_hello(self, hello: TransportHello) -> None:
         if (hello.original_dcid, hello.cid, hello.retry_scid) != (
             self.original_dcid,
             self.peer_cid,
@@ -498,7 +504,7 @@ class ClientHandshake(InitHandshake):
         ):
             raise ProtocolError("the server's hello does not echo this handshake")
 
-    def _check_peer(self, peer: PeerIdentity) -> str | None:
+    def check_peer(self, peer: PeerIdentity) -> str | None:
         domain, node = self._expected
         if peer.node != node or (domain is not None and peer.domain != domain):
             wanted = node if domain is None else f"{domain}/{node}"
@@ -556,15 +562,13 @@ class ServerHandshake(InitHandshake):
             hello=TransportHello(
                 original_dcid=original_dcid, cid=cid, retry_scid=self._retry_scid, parameters=parameters
             ),
-            check_hello=self._check_hello,
-            check_peer=self._check_peer,
         )
 
     def _check_cids(self, received: InitPacket) -> None:
         if received.scid != self.peer_cid or received.dcid not in self.dcids:
             raise PacketError("INIT for another handshake")
 
-    def _check_hello(self, hello: TransportHello) -> None:
+    def check_hello(self, hello: TransportHello) -> None:
         if (hello.original_dcid, hello.cid, hello.retry_scid) != (
             self._original_dcid,
             self.peer_cid,
@@ -572,7 +576,7 @@ class ServerHandshake(InitHandshake):
         ):
             raise ProtocolError("the client's hello does not echo this handshake")
 
-    def _check_peer(self, peer: PeerIdentity) -> str | None:
+    def check_peer(self, peer: PeerIdentity) -> str | None:
         if self._token_node:
             named = token_node(peer.domain, peer.node)
             if not hmac.compare_digest(named, self._token_node):
