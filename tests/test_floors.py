@@ -48,12 +48,13 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.client",
     "stp.cli",
     # -- stpd: what is said of the daemon, and what it is told
-    "stpd.status stpd.schema stpd.problems stpd.templates stpd.logs stpd.notify stpd.httpd stpd.ledger",
+    "stpd.status stpd.schema stpd.problems stpd.templates stpd.logs stpd.notify stpd.httpd stpd.ledger"
+    " stpd.throttle",
     "stpd.events stpd.checks",
     "stpd.config stpd.api stpd.probes stpd.metrics",
     # -- stpd: who may, how much, to whom
     "stpd.router",
-    "stpd.access stpd.limits",
+    "stpd.access",
     # -- stpd: certificates and tokens
     "stpd.pki",
     "stpd.keys stpd.setup",
@@ -77,6 +78,11 @@ FLOORS: Final[tuple[str, ...]] = (
     "stpd.daemon",
     "stpd.__main__",
     # -- stpctl
+    "stpctl.errors stpctl.render",
+    "stpctl.contexts stpctl.sentences",
+    "stpctl.client",
+    "stpctl.session",
+    "stpctl.commands",
     "stpctl.__main__",
 )
 """From the ground up. Modules of one floor do not import each other."""
@@ -189,6 +195,16 @@ def test_every_module_stands_on_a_floor() -> None:
                 path.name != "__init__.py" or any(is_ours(target) for _, target in imports(path, frozenset()))
             )
         ]
+    )
+
+
+def test_the_plan_names_what_is_there() -> None:
+    """(1)"""
+    rooms = [name for row in FLOORS for name in row.split()]
+    missing = sorted(set(rooms) - set(sources()))
+    twice = sorted({name for name in rooms if rooms.count(name) > 1})
+    report(
+        [f"FLOORS names {n}: no such module" for n in missing] + [f"FLOORS names {n} twice" for n in twice]
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import ssl
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,73 +15,18 @@ from structlog.testing import capture_logs
 
 from stpd import api, httpd
 from stpd.api import HANDLERS, Call, NotAnOperatorError, Operator, Role, find, make_context, operator_of
-from stpd.events import MAX_WATCHERS
 from stpd.httpd import Request, RequestError
 from tests.identity_kit import DOMAIN, Flaw, shared
+from tests.manage.asker import Asker, connect, until
 from tests.manage.daemon_double import (
     SECRET,
     Double,
     client_context,
     dial,
-    opened,
     operator_bundle,
     server_context,
     serving,
 )
-
-
-class Asker:
-    """A client that keeps its connection."""
-
-    def __init__(self, stream: trio.abc.Stream) -> None:
-        self.stream = stream
-        self.http = h11.Connection(h11.CLIENT)
-
-    async def send(self, method: str, path: str, body: bytes = b"", **headers: str) -> None:
-        lines = [("host", "x"), *headers.items()]
-        if body:
-            lines.append(("content-length", str(len(body))))
-        await self.stream.send_all(self.http.send(h11.Request(method=method, target=path, headers=lines)))
-        if body:
-            await self.stream.send_all(self.http.send(h11.Data(data=body)))
-        await self.stream.send_all(self.http.send(h11.EndOfMessage()))
-
-    async def event(self) -> Any:
-        while (event := self.http.next_event()) is h11.NEED_DATA:
-            self.http.receive_data(bytes(await self.stream.receive_some(65536)))
-        return event
-
-    async def answer(self) -> tuple[int, Any]:
-        head = await self.event()
-        assert isinstance(head, h11.Response), head
-        body = b""
-        while isinstance(event := await self.event(), h11.Data):
-            body += event.data
-        assert isinstance(event, h11.EndOfMessage)
-        if self.http.our_state is h11.DONE and self.http.their_state is h11.DONE:
-            self.http.start_next_cycle()
-        return head.status_code, json.loads(body)
-
-    async def ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, Any]:
-        await self.send(method, path, body)
-        return await self.answer()
-
-
-async def connect(port: int, directory: Path, bundle: bytes = b"") -> Asker:
-    raw = await dial(port)
-    stream = trio.SSLStream(
-        raw, client_context(bundle or operator_bundle(), directory), https_compatible=True
-    )
-    await stream.do_handshake()
-    return Asker(stream)
-
-
-async def until(true: Callable[[], bool]) -> None:
-    """Let the server do what it has been given cause for; five seconds at most."""
-    with trio.fail_after(5):
-        while not true():  # noqa: ASYNC110 - counters have no event to wait for
-            await trio.sleep(0.001)
-
 
 # The table ---------------------------------------------------------------------------------------------
 
@@ -484,129 +428,6 @@ async def test_connections_of_operators_are_bounded(tmp_path: Path, monkeypatch:
         await clients[0].stream.aclose()
         await until(lambda: server.statistics.open == 1)
         assert (await (await connect(port, tmp_path)).ask("GET", "/v1/status"))[0] == 200
-
-
-# Events ------------------------------------------------------------------------------------------------
-
-
-async def lines(client: Asker) -> Any:
-    """The lines of an event stream, one by one; empty ones left out."""
-    held = b""
-    while isinstance(event := await client.event(), h11.Data):
-        *whole, held = (held + event.data).split(b"\n")
-        for line in whole:
-            if line:
-                yield json.loads(line)
-    assert isinstance(event, h11.EndOfMessage)
-
-
-async def watch(client: Asker) -> None:
-    await client.send("GET", "/v1/events")
-    head = await client.event()
-    assert head.status_code == 200
-    await client.event()  # the first, empty line: the watcher stands
-
-
-async def test_events_arrive_in_order(tmp_path: Path) -> None:
-    double = Double()
-    async with serving(double) as (_, port):
-        client = await connect(port, tmp_path, operator_bundle("viewer"))
-        await watch(client)
-        for n in range(3):
-            double.bus.publish("session.open", f"number {n}", node="edge-1", n=n)
-        seen = lines(client)
-        for n in range(3):
-            event = await anext(seen)
-            assert (event["kind"], event["text"], event["fields"]) == (
-                "session.open",
-                f"number {n}",
-                {"n": n},
-            )
-        await seen.aclose()
-        await client.stream.aclose()
-        await until(lambda: not double.bus.statistics().watchers)
-
-
-async def test_a_slow_watcher_misses_some_and_is_told(tmp_path: Path) -> None:
-    """api (6), events (2)."""
-    double = Double()
-    double.bus.queue_limit = 4
-    async with serving(double) as (_, port):
-        client = await connect(port, tmp_path)
-        await watch(client)
-        seen = lines(client)
-        for n in range(10):  # at one go: the watcher cannot take any meanwhile
-            double.bus.publish("session.open", str(n))
-        assert [(await anext(seen))["text"] for _ in range(4)] == ["0", "1", "2", "3"]
-        gap = await anext(seen)
-        assert (gap["kind"], gap["fields"]) == ("dropped", {"count": 6})
-        double.bus.publish("session.open", "10")
-        assert (await anext(seen))["text"] == "10"
-        await seen.aclose()
-
-
-async def test_a_gap_is_told_where_it_is() -> None:
-    """events (2): in place, with the number."""
-    double = Double()
-    double.bus.queue_limit = 2
-    watcher = double.events()
-    for n in range(5):
-        double.bus.publish("session.open", str(n))
-    got = [await watcher.receive() for _ in range(3)]
-    assert [e.kind for e in got] == ["session.open", "session.open", "dropped"]
-    assert got[2].fields == {"count": 3}
-    double.bus.publish("session.open", "5")
-    assert (await watcher.receive()).text == "5"
-    assert double.bus.statistics().dropped == 3
-    watcher.close()
-    watcher.close()
-    assert double.bus.statistics().watchers == 0
-
-
-async def test_watchers_are_bounded(tmp_path: Path) -> None:
-    double = Double()
-    watchers = [double.events() for _ in range(MAX_WATCHERS)]
-    async with serving(double) as (_, port):
-        client = await connect(port, tmp_path)
-        status, answer = await client.ask("GET", "/v1/events")
-        assert (status, answer["error"]["code"]) == (503, "busy")
-        watchers[0].close()
-        await watch(client)
-
-
-async def test_shutting_down_ends_event_streams_properly(tmp_path: Path) -> None:
-    """The client sees the end of the answer, not a broken line."""
-    got: list[Any] = []
-
-    async def read(client: Asker, task_status: Any) -> None:
-        await watch(client)
-        task_status.started()
-        got.extend([event async for event in lines(client)])
-        got.append("ended")
-
-    async with trio.open_nursery() as nursery:
-        server = api.ManagementServer(managed=Double(), context=server_context, domain=DOMAIN)
-        serving_scope = trio.CancelScope()
-
-        async def serve(task_status: Any) -> None:
-            with serving_scope:
-                await server.serve("127.0.0.1", 0, task_status=task_status)
-
-        address = await nursery.start(serve)
-        client = await connect(int(address.rpartition(":")[2]), tmp_path)
-        await nursery.start(read, client)
-        serving_scope.cancel()
-    assert got == ["ended"]
-    await trio.aclose_forcefully(opened.pop())
-
-
-async def test_a_quiet_stream_shows_that_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "EVENT_HEARTBEAT", 0.02)
-    async with serving(Double()) as (_, port):
-        client = await connect(port, tmp_path)
-        await watch(client)
-        with trio.fail_after(5):
-            assert (await client.event()).data == b"\n"
 
 
 async def test_an_address_in_use_is_named() -> None:
