@@ -215,7 +215,7 @@ class Fleet:
             "name": node.name,
             "url": f"https://127.0.0.1:{node.management_port}",
             "node": node.name,
-            "bundle": str(bundle),
+            "certificate": str(bundle),
         }
         (contexts / f"{node.name}.json").write_text(json.dumps(context))
         return {"XDG_CONFIG_HOME": str(home), "STPCTL_CONTEXT": node.name}

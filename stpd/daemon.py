@@ -172,6 +172,7 @@ class Daemon:
         try:
             self._state.mkdir(parents=True, exist_ok=True, mode=0o750)
             self._run_number = _count_run(self._state / "run")
+            self._secrets = _secrets(self._state / "listener.key")
         except OSError as error:
             raise StartupError(
                 f"state_dir {self._state} cannot be written: {error.strerror}",
@@ -270,6 +271,9 @@ class Daemon:
             authorise=self._authorise,
             random_bytes=os.urandom,
             on_refused=self._on_handshake_refused,
+            instance=len(self._endpoints) & 0xFF,
+            cid_key=self._secrets[:32],
+            reset_key=self._secrets[32:],
             total_rate=limits.handshakes_per_second,
             address_rate=limits.handshakes_per_address,
             max_half_open=limits.half_open,
@@ -481,6 +485,18 @@ class Daemon:
         self.contexts.replace(identity)
         self.access = Access(fresh.access, role_of=self.role_of)
         self.sessions.refresh_grants()
+
+
+def _secrets(path: Path) -> bytes:
+    """64 bytes that outlive a start: by them peers learn of it in one round trip (protocol §8)."""
+    try:
+        found = path.read_bytes()
+    except FileNotFoundError:
+        found = b""
+    if len(found) != 64:
+        found = os.urandom(64)
+        write_atomically(path, found)
+    return found
 
 
 async def _call_later(delay: float, function: Callable[[], None]) -> None:

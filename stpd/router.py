@@ -87,7 +87,7 @@ class Classes:
         return [
             ClassRule(
                 name=one.name,
-                filters=list(one.filters),
+                filters=tuple(one.filters),
                 lane=one.lane,
                 ttl_ms=round(one.ttl * 1000),
                 linger_ms=round(one.linger * 1000),

@@ -1,4 +1,4 @@
-"""One log line where a thousand would say the same: what repeats is counted and told with the next one let through."""
+"""One log line where a thousand would say the same: what repeats is counted, and told with the next that passes."""
 
 from __future__ import annotations
 

@@ -134,8 +134,6 @@ class Uplink:
                 delay = RETRY_REFUSED
             delay = max(delay * (0.5 + self._jitter()), self._slot_s)
             self._slot_s = 0.0
-            if self.stopping:
-                return
             self._current = (self._current + 1) % len(self.targets) if self.attempts else 0
             self._enter("refused" if refused else "waiting")
             self.next_attempt_ms = self._wall_ms() + round(delay * 1000)

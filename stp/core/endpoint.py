@@ -37,6 +37,7 @@ from stp.core.initspace import HANDSHAKE_DEADLINE, ClientHandshake, FirstInit, S
 from stp.core.packet import InitPacket
 from stp.core.params import TransportParameters
 from stp.core.path import BASE_DATAGRAM, DEAD_TIME, KEEPALIVE
+from stp.core.resets import Resetter
 from stp.core.session import Agenda, Session, SessionContext, State
 from stp.core.tokens import BAD_RETRY, NodeToken, RetryToken, TokenKeeper
 
@@ -101,6 +102,9 @@ class EndpointStatistics:
     handshakes_confirmed: int = 0
     handshakes_evicted: int = 0
     retries_sent: int = 0
+    resets_sent: int = 0
+    resets_received: int = 0
+    """RESETs that ended a session of ours."""
     dropped_garbage: int = 0
     """Neither INIT nor RETRY nor DATA, or too short for what it says."""
     dropped_unknown_cid: int = 0
@@ -132,6 +136,12 @@ class Endpoint:
         self._config = config
         self._cid_key = config.cid_key or random_bytes(32)
         self._reset_key = config.reset_key or random_bytes(32)
+        self._resetter = (
+            Resetter(self._cid_key, self._reset_key, config.instance, random_bytes)
+            if config.accept and config.cid_key and config.reset_key
+            else None
+        )
+        self._dialled: set[Session] = set()
         self._tokens = TokenKeeper(random_bytes)
         self._admission = Admission(
             address_rate=config.address_rate,
@@ -197,6 +207,7 @@ class Endpoint:
         )
         session = Session(self._context, handshake, addr, dialling=True, now=now)
         self._counts.dials += 1
+        self._dialled.add(session)
         self._adopt(session, cid)
         return session
 
@@ -239,7 +250,9 @@ class Endpoint:
         """A datagram by itself; `known` has looked at it already."""
         if packet.is_data(datagram):
             session = self._by_cid.get(datagram[1:9])
-            if session is None or session is known:
+            if session is None:
+                self._receive_unknown(datagram, addr, now)
+            elif session is known:
                 self._counts.dropped_unknown_cid += 1
             else:
                 session.receive_data(datagram, len(datagram), addr, now)
@@ -249,6 +262,22 @@ class Endpoint:
             self._receive_retry(datagram, addr, now)
         else:
             self._counts.dropped_garbage += 1
+
+    def _receive_unknown(self, datagram: bytes, addr: Any, now: float) -> None:
+        """A DATA packet for nobody here: a peer's RESET, or something of our former life."""
+        if len(datagram) >= packet.MIN_RESET:
+            token = datagram[-packet.TAG_LENGTH :]
+            for session in self._dialled:
+                if session.addr == addr and session.receive_reset(token, now):
+                    self._counts.resets_received += 1
+                    return
+        self._counts.dropped_unknown_cid += 1
+        if self._resetter is None or len(self._answers) >= MAX_ANSWERS:
+            return
+        reset = self._resetter.answer(datagram, addr, now)
+        if reset is not None:
+            self._counts.resets_sent += 1
+            self._answers.append(Transmit(addr, reset))
 
     def _receive_init(self, datagram: bytes, addr: Any, now: float) -> None:
         try:
@@ -441,6 +470,7 @@ class Endpoint:
             for cid in self._cids.pop(session, ()):
                 self._by_cid.pop(cid, None)
             session.armed = None
+            self._dialled.discard(session)
             return
         due = session.next_timeout()
         if due is not None and (session.armed is None or due < session.armed):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum, auto
+from hmac import compare_digest
 from typing import Any, Final
 
 from attrs import define
@@ -342,6 +343,19 @@ class Session:
             self._want_to_send()
             return strange
         return []
+
+    def receive_reset(self, token: bytes, now: float) -> bool:
+        """Whether `token` ends a RESET of our peer: it was started anew, and this session is over (protocol §8).
+
+        Believed only after HANDSHAKE_DONE and for CIDs that are not retired; compared in constant time.
+        """
+        if self.state is not State.ESTABLISHED or self._data is None:
+            return False
+        known = [compare_digest(token, mine) for mine in self._data.remote_cids.tokens.values()]
+        if not any(known):
+            return False
+        self._end(Input.SILENCE, LocalCause.RESET_BY_PEER, "", by_peer=True, now=now)
+        return True
 
     def handle_timeout(self, now: float) -> None:
         """The time of `next_timeout` has come, or an earlier one: then nothing happens."""

@@ -187,7 +187,9 @@ async def test_a_record_that_was_here_before_is_refused_as_a_loop(
         edge = await world.gateway("edge-1", hub, subscribe=("site/#",))
         sensor = world.publisher("sensor-1", edge)
         sensor.publish(20)
-        await world.run(lambda: hub.store.behind("edge-1/down", 3).messages == 0 and not sensor.unacked, limit=20)
+        await world.run(
+            lambda: hub.store.behind("edge-1/down", 3).messages == 0 and not sensor.unacked, limit=20
+        )
         await world.run_for(3.0)
         assert edge.relay.stats.loops == 0, "what came from a peer is not offered to it again"
         assert hub.store.ledger().unexplained == edge.store.ledger().unexplained == 0
