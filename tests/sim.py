@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Any
@@ -79,7 +79,7 @@ class Conditions:
     count: int = 0
     lost: int = 0
     _losing: int = 0
-    _free_at: float = 0.0
+    _leaving: deque[float] = field(factory=deque)
 
 
 @functools.cache
@@ -201,7 +201,7 @@ class Network:
         """The conditions of one direction; change them at will."""
         key = (_address(source), _address(to))
         if key not in self._links:
-            self._links[key] = evolve(self._default, drop=set(self._default.drop))
+            self._links[key] = evolve(self._default, drop=set(self._default.drop), leaving=deque())
         return self._links[key]
 
     def both(self, a: Host, b: Host) -> tuple[Conditions, Conditions]:
@@ -303,11 +303,14 @@ class Network:
         for _ in range(2 if link.duplicate and rng.random() < link.duplicate else 1):
             leaves = self.now
             if link.bandwidth:
-                leaves = max(self.now, link._free_at) + len(data) / link.bandwidth
-                if leaves - self.now > (link.queue + 1) * len(data) / link.bandwidth:
+                waiting = link._leaving
+                while waiting and waiting[0] <= self.now:
+                    waiting.popleft()
+                if len(waiting) > link.queue:  # one of them is on the wire
                     link.lost += 1
                     continue
-                link._free_at = leaves
+                leaves = (waiting[-1] if waiting else self.now) + len(data) / link.bandwidth
+                waiting.append(leaves)
             arrives = leaves + link.delay + (rng.random() * link.jitter if link.jitter else 0.0)
             self._order += 1
             heappush(self._queue, (arrives, self._order, source, to, data))
