@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import trio
-from attrs import evolve
+from attrs import define, evolve
 
 from stp.core.errors import CorruptError
 from stp.records import VOID, read_record
@@ -61,25 +61,15 @@ QUEUE_RECORDS: Final = 65_536
 class SqliteStore:
     """A Store (base) in a directory of its own. `await SqliteStore.open(...)`, or `async with` what it returns."""
 
-    def __init__(
-        self,
-        lock: DirectoryLock,
-        committer: Committer,
-        reader: Reader,
-        statistics: StoreStatistics,
-        *,
-        store_id: bytes,
-        options: Options,
-        cache_bytes: int,
-        budget: int,
-    ) -> None:
+    def __init__(self, parts: Parts, *, cache_bytes: int, budget: int) -> None:
         """Use `open`."""
-        self.store_id = store_id
+        committer, options = parts.committer, parts.options
+        self.store_id = options.own_source
         self.on_commit: Callable[[list[Stored]], None] | None = None
-        self._lock = lock
-        self._reader = reader
+        self._lock = parts.lock
+        self._reader = parts.reader
         self._read_turn = trio.Lock()
-        self._statistics = statistics
+        self._statistics = parts.statistics
         self._reserve = committer.reserve
         self._budget = budget
         self._limit = options.limit
@@ -95,7 +85,7 @@ class SqliteStore:
         self._load(committer)
         self._degraded = "" if self._reserve.held else "no room on the disk for the reserve"
         group_bytes = min(GROUP_BYTES, self._reserve.size // 2)
-        self._writer = Writer(committer, statistics, self._deliver, group_bytes, self._degraded)
+        self._writer = Writer(committer, parts.statistics, self._deliver, group_bytes, self._degraded)
         self._writer.start()
 
     @classmethod
@@ -124,19 +114,9 @@ class SqliteStore:
                 f"a budget of {budget_bytes} bytes is too small: at least {max(MIN_BUDGET, 2 * reserve)}"
             )
         parts = await trio.to_thread.run_sync(
-            _open_parts, Path(path), node_id, budget_bytes - reserve, reserve, retention_s, clock
+            open_parts, Path(path), node_id, budget_bytes - reserve, reserve, retention_s, clock
         )
-        lock, committer, reader, statistics, options = parts
-        return cls(
-            lock,
-            committer,
-            reader,
-            statistics,
-            store_id=options.own_source,
-            options=options,
-            cache_bytes=cache_bytes,
-            budget=budget_bytes,
-        )
+        return cls(parts, cache_bytes=cache_bytes, budget=budget_bytes)
 
     def _load(self, committer: Committer) -> None:
         """What stands in the tables, before the writer starts."""
@@ -513,27 +493,33 @@ def _by_place(stored: Stored) -> tuple[int, int]:
     return stored.lane, stored.pos
 
 
-def _open_parts(
+@define
+class Parts:
+    """What a store is made of, before it has threads."""
+
+    lock: DirectoryLock
+    committer: Committer
+    reader: Reader
+    statistics: StoreStatistics
+    options: Options
+
+
+def open_parts(
     path: Path, node_id: bytes, limit: int, reserve_bytes: int, retention_s: float, clock: Callable[[], float]
-) -> tuple[DirectoryLock, Committer, Reader, StoreStatistics, Options]:
-    """All that touches the disk at the start."""
+) -> Parts:
+    """All that touches the disk at the start. Raises StoreError and its kinds."""
     lock = DirectoryLock(path)
     try:
         conn = open_database(path / DATABASE)
         try:
-            store_id = _identify(conn, path, node_id)
+            options = Options(path, _identify(conn, path, node_id), limit, retention_s, clock)
             reserve = Reserve(path, reserve_bytes)
             reserve.take()
-            options = Options(path, store_id, limit, retention_s, clock)
             statistics = StoreStatistics()
-            return (
-                lock,
-                Committer(conn, options, reserve, statistics),
-                Reader(path / DATABASE),
-                statistics,
-                options,
-            )
+            committer = Committer(conn, options, reserve, statistics)
+            return Parts(lock, committer, Reader(path / DATABASE), statistics, options)
         except sqlite3.Error as exc:
+            conn.close()
             raise StoreError(f"cannot use the store in {path}: {exc}") from exc
         except BaseException:
             conn.close()
