@@ -127,6 +127,11 @@ def tree(top: Path, suffixes: frozenset[str]) -> Iterator[Path]:
             yield path
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def module_of(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -158,7 +163,7 @@ def walk(node: ast.AST) -> Iterator[ast.AST]:
 def imports(path: Path, modules: frozenset[str]) -> list[tuple[int, str]]:
     """Line and full name of every module that `path` imports, wherever in the file it does so."""
     found = []
-    for node in walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in walk(parsed(path)):
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -266,7 +271,7 @@ def test_sans_io_reads_no_clock() -> None:
     for name, path in sources().items():
         if not name.startswith(PURE):
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 owner = node.func.value
                 last = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
@@ -297,7 +302,7 @@ def test_the_operators_tool_stands_alone() -> None:
 
 def functions(path: Path) -> Iterator[tuple[str, int, int]]:
     """Name, first line and number of lines of every function in `path`."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             yield node.name, node.lineno, node.end_lineno - node.lineno + 1
