@@ -319,7 +319,7 @@ class DataSpace:
         due = self.acks.due(now)
         if sender is not None and not control and not due:
             offset, available = sender.due(self.streams.session_room)
-            if available > path.datagram - BULK_OVERHEAD:
+            if available >= path.datagram - BULK_OVERHEAD:
                 self._send_burst(sender, offset, available, min(run, room // path.datagram), now, out)
                 return True
         if sender is not None or due or (control and room >= path.datagram):
@@ -434,12 +434,14 @@ class DataSpace:
             if tail is not None:
                 _add_stream(packet, tail, length=True)
             offset, available = sender.due(streams.session_room)
-            length = min(available, packet.room - STREAM_LENGTH_HEAD_SIZE)
+            fills = available >= packet.room - STREAM_HEAD_SIZE
+            head = STREAM_HEAD_SIZE if fills else STREAM_LENGTH_HEAD_SIZE
+            length = min(available, packet.room - head)
             known = sender.next
             data, index, fin = sender.take(offset, length)
             streams.on_taken(sender, length, sender.next - known)
             tail = (sender.id, offset, data[index : index + length], fin)
-            packet.room -= STREAM_LENGTH_HEAD_SIZE + length
+            packet.room -= head + length
             packet.frames.append((sender, (offset, length, fin)))
         if tail is not None:
             _add_stream(packet, tail, length=False)
