@@ -249,7 +249,7 @@ def buffer_show(session: Session) -> None:
     """How full it is, lane by lane, and what was put aside."""
 
     def text(answer: Any) -> str:
-        from stpctl.render import instant, pairs, size, span, table
+        from stpctl.render import instant, lane_name, pairs, size, span, table
         from stpd.status import BufferStatus, from_dict
 
         b, now = from_dict(BufferStatus, answer), int(time.time() * 1000)
@@ -264,15 +264,17 @@ def buffer_show(session: Session) -> None:
             ),
             ("queue", f"{b.queue_depth} of {b.queue_limit} records"),
         ]
-        lanes = table(
-            ["lane", "first", "last", "messages", "bytes", "oldest"],
-            [(x.lane, x.first, x.last, x.messages, size(x.bytes), span(x.oldest_age_s) if x.messages else "-")
-             for x in b.lanes],
-        )  # fmt: skip
+        rows: list[tuple[Any, ...]] = [
+            (lane_name(x.lane), x.first, x.last, x.messages, size(x.bytes),
+             span(x.oldest_age_s) if x.messages else "-")
+            for x in b.lanes
+        ]  # fmt: skip
+        lanes = table(["lane", "first", "last", "messages", "bytes", "oldest"], rows)
         parts = [pairs(facts), lanes]
         if b.quarantined:
             rows = [
-                (q.lane, q.pos, q.peer, q.messages, q.reason, instant(q.at_ms, now)) for q in b.quarantined
+                (lane_name(q.lane), q.pos, q.peer, q.messages, q.reason, instant(q.at_ms, now))
+                for q in b.quarantined
             ]
             aside = table(["lane", "pos", "from", "messages", "reason", "at"], rows)
             parts.append(f"In quarantine, {b.quarantined_records} records:\n{aside}")
@@ -294,7 +296,7 @@ def ledger_show(session: Session) -> None:
     def text(answer: Any) -> str:
         import attrs
 
-        from stpctl.render import table
+        from stpctl.render import lane_name, table
         from stpd.status import DoorCounts, HopCounts, LedgerStatus, NodeCounts, from_dict
 
         found = from_dict(LedgerStatus, answer)
@@ -307,7 +309,9 @@ def ledger_show(session: Session) -> None:
         for title, cls, rows in tables:
             names = [f.name for f in attrs.fields(cls)]
             headings = [name.removesuffix("_name").replace("_", " ") for name in names]
-            parts.append(f"{title}\n" + table(headings, [[getattr(row, n) for n in names] for row in rows]))
+            cells = [[lane_name(row.lane) if n == "lane" else getattr(row, n) for n in names] for row in rows]
+            told = [row for row in cells if any(cell and isinstance(cell, int) for cell in row)]
+            parts.append(f"{title}\n" + (table(headings, told) if told else "nothing yet"))
         if found.unexplained:
             parts.append("\n".join([f"UNEXPLAINED: {found.unexplained} messages", *found.explain]))
         else:

@@ -12,6 +12,14 @@ from typing import Any, Final
 CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u2028\u2029]")
 
 
+LANES: Final = {1: "command", 2: "event", 3: "telemetry", 4: "bulk"}
+
+
+def lane_name(lane: int) -> str:
+    """The lane as people call it."""
+    return LANES.get(lane, str(lane))
+
+
 def clean(value: Any) -> str:
     """Text without control characters (1)."""
     return CONTROL.sub(lambda m: f"\\x{ord(m[0]):02x}", str(value))

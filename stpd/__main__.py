@@ -102,7 +102,7 @@ def first_startup_error(error: BaseException) -> StartupError | None:
 def check(path: Path) -> None:
     """Read the configuration as `run` would, and list everything that is wrong with it.
 
-    Exit status 0 when it is good, 78 when it is not.
+    Exit status 0 when it is good, warnings included, 78 when it is not.
     """
     from stpd.config import check_config
     from stpd.problems import render
@@ -110,6 +110,7 @@ def check(path: Path) -> None:
     problems = check_config(path)
     if problems:
         click.echo(render(str(path), problems), err=True)
+    if any(not problem.warning for problem in problems):
         sys.exit(EX_CONFIG)
     click.echo(f"{path}: good")
 

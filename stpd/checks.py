@@ -159,7 +159,6 @@ def _limits(config: Config) -> Problems:
         "half_open",
         "half_open_per_address",
         "subscriptions_per_session",
-        "live_queue",
     ):
         if getattr(limits, name) < 1:
             yield Problem(path=f"limits.{name}", message="lets nobody in", hint="write 1 or more")

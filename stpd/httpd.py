@@ -8,6 +8,7 @@
 
 import json
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Any, Final
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -210,7 +211,8 @@ class Connection:
         headers = [("content-type", response.content_type), ("cache-control", "no-store"), *response.headers]
         if response.stream is None:
             headers.append(("content-length", str(len(response.body))))
-        await self._send(h11.Response(status_code=response.status, headers=headers))
+        reason = HTTPStatus(response.status).phrase
+        await self._send(h11.Response(status_code=response.status, headers=headers, reason=reason))
         head_only = request is not None and request.method == "HEAD"
         if response.stream is not None and not head_only:
             await self._write_stream(response.stream)

@@ -223,12 +223,13 @@ def shutdown() -> None:
 
 
 def _stamp(logger: Any, method: str, event: EventDict) -> EventDict:
-    """Put time, level and logger in front."""
+    """Put time, level, logger and event in front."""
     now = time.time()
     whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
-    head = {"time": f"{whole}.{int(now * 1000) % 1000:03d}Z", "level": method}
+    head: EventDict = {"time": f"{whole}.{int(now * 1000) % 1000:03d}Z", "level": method}
     if logger is not None:
         head["logger"] = getattr(logger, "name", "stpd")
+    head["event"] = event.pop("event", "")
     return {**head, **event}
 
 

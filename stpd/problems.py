@@ -26,6 +26,11 @@ class Problem:
     warning: bool = False
     """The daemon runs all the same."""
 
+    def __str__(self) -> str:
+        """All on one line."""
+        where = f"{self.path}: " if self.path else ""
+        return f"{where}{self.message}" + (f" ({self.hint})" if self.hint else "")
+
 
 class BadValueError(ValueError):
     """One value is not what its key takes."""

@@ -112,8 +112,6 @@ class LimitsConfig:
     half_open_per_address: int = 8
     """Handshakes under way at once from one IPv4 address or one IPv6 /64."""
     subscriptions_per_session: int = 64
-    live_queue: Size = 4 * MIB
-    """Bytes that may wait for one live subscriber; beyond it its oldest are dropped and counted."""
     peer_messages_per_second: Rate = 0
     """Messages a second taken from one peer; faster ones are held back by credit. 0: no limit."""
     peer_bytes_per_second: Rate = 0

@@ -62,7 +62,6 @@ def test_all_errors_at_once_with_paths_and_hints(tmp_path: Path) -> None:
         [limits]
         sessions = "false"
         half_open = true
-        live_queue = -1
         half_open_per_address = -1
         [log]
         level = "inf"
@@ -85,7 +84,6 @@ def test_all_errors_at_once_with_paths_and_hints(tmp_path: Path) -> None:
         "store.path": "path",
         "limits.sessions": "digits",
         "limits.half_open": "digits",
-        "limits.live_queue": "MiB",
         "limits.half_open_per_address": "0 or more",
         "log.level": '"info"',
         "log.format": '"json"',
