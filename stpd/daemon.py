@@ -29,6 +29,7 @@ from stp.identity import (
     ContextCache,
     Identity,
     TimeFloor,
+    Upstream,
     kernel_synchronised,
     parse_url,
     write_atomically,
@@ -36,7 +37,7 @@ from stp.identity import (
 from stpd import __version__, logs
 from stpd.access import Access
 from stpd.checks import split_address
-from stpd.config import Config, ConfigError, changes, load
+from stpd.config import Config, ConfigError, UpstreamConfig, changes, load
 from stpd.events import EventBus
 from stpd.keys import JoinTokens, NodeRegistry
 from stpd.managed import Managed
@@ -308,10 +309,13 @@ class Daemon:
         nursery.start_soon(self.uplink.run)
 
     def _targets(self) -> list[Target]:
-        own = self.identity.node
+        own, enrolled = self.identity.node, self.identity.upstream
+        wanted = self.config.upstreams
+        if not wanted and enrolled is not None:
+            wanted = (UpstreamConfig(url=enrolled.url, node=enrolled.node),)
         found = []
-        for one in self.config.upstreams:
-            address = parse_url(one.url, self.identity.upstream)
+        for one in wanted:
+            address = parse_url(one.url, Upstream(one.node, one.url) if one.node else enrolled)
             if one.node:
                 address.node = one.node
             subscribe = tuple(filter_.replace("{node}", own) for filter_ in one.subscribe)

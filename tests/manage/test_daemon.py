@@ -80,8 +80,8 @@ class Stpd:
         log.close()
         deadline = time.monotonic() + START_LIMIT
         while self.get("/ready")[0] != 200:
-            assert self.process.poll() is None, self.log()
-            assert time.monotonic() < deadline, self.log()
+            assert self.process.poll() is None, (self.directory / "log").read_text()
+            assert time.monotonic() < deadline, (self.directory / "log").read_text()
             time.sleep(0.02)
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
@@ -209,6 +209,14 @@ def test_keys_let_in_once_and_are_never_shown_again(hub: Stpd, edge: Stpd) -> No
     fresh = next(k for k in json.loads(listed) if not k["used"])
     hub.stpctl("keys", "revoke", fresh["id"])
     assert "revoked" in hub.stpctl("keys", "list")
+
+
+def test_without_an_upstream_table_the_enrolled_one_is_dialled(hub: Stpd, edge: Stpd) -> None:
+    assert edge.stop() == 0
+    head, _, tail = edge.config.read_text().partition("\n[[upstream]]")
+    edge.config.write_text(head + tail[tail.index("\n[[") :])
+    edge.start()
+    until(edge, lambda text: "Uplink hub-1: connected" in text)
 
 
 def test_a_gateway_whose_hub_is_away_says_so_in_words(hub: Stpd, edge: Stpd, tmp_path: Path) -> None:
