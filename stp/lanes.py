@@ -42,6 +42,8 @@ class Outgoing:
     lane: int
     stream: int
     sent: int = 0
+    kept: int = 0
+    """Places that the peer's receipts have settled."""
 
 
 @define

@@ -86,6 +86,10 @@ INTRODUCE_TIMEOUT: Final = 3.0
 """Seconds a record of an unknown source waits for INTRODUCE (protocol §10)."""
 HELLO_TIMEOUT: Final = 30.0
 """Seconds from the handshake to the peer's HELLO, else LIMIT."""
+RECEIPT_PATIENCE: Final = 1.0
+"""Seconds of silence after which a peer that owes us receipts is asked whether it is still there."""
+FLOW_PATIENCE: Final = 2.0
+"""The same for a peer that we dialled and that just sent us a record: where one came, more may follow."""
 MAX_CONTROL_BACKLOG: Final = 1024 * 1024
 """Bytes of control records that wait for room on stream 0. Beyond it the peer does not read: LIMIT."""
 _RECORD_SOURCE: Final = slice(8, 24)
@@ -131,6 +135,7 @@ class Link:
         """The newest NEW_TOKEN of the peer, for the next dial; keep it across restarts."""
         self._wall_ms = wall_ms
         self._name_of_source = name_of_source
+        self._awaiting = False
         self._stats = LinkStatistics()
         self._receiver = Receiver(
             session,
@@ -156,6 +161,7 @@ class Link:
     def process(self, now: float) -> list[LinkEvent]:
         """Take what the session has for us, and say what it means. Call it whenever the session is ready."""
         out: list[LinkEvent] = []
+        before = self._stats.records_received
         next_event = self.session.next_event
         while (event := next_event()) is not None:
             self._on_session_event(event, now, out)
@@ -163,6 +169,8 @@ class Link:
             try:
                 self._raise_failure()
                 self._read(now, out)
+                if self.session.dialling and self._stats.records_received != before:
+                    self.session.expect(RECEIPT_PATIENCE if self._awaiting else FLOW_PATIENCE)
                 self.flush()
                 self._raise_failure()
             except ProtocolError as error:
@@ -213,6 +221,9 @@ class Link:
         place = outgoing.sent
         outgoing.sent = place + 1
         self._stats.records_sent += 1
+        if not self._awaiting:
+            self._awaiting = True
+            self.session.expect(RECEIPT_PATIENCE)
         return place
 
     def send(self, record: control.Control) -> None:
@@ -411,6 +422,10 @@ class Link:
         if highest > sent:
             raise ProtocolError(f"a receipt for place {highest - 1} of lane {receipt.lane}, sent were {sent}")
         self._stats.receipts_received += 1
+        if outgoing is not None and receipt.kept > outgoing.kept:
+            outgoing.kept = receipt.kept
+            self._awaiting = any(lane.sent > lane.kept for lane in self._out.values())
+            self.session.expect(RECEIPT_PATIENCE if self._awaiting else None)
         out.append(ReceiptReceived(receipt.lane, receipt.kept, receipt.custody, receipt.ranges))
 
     def _on_refused(self, refused: control.Refused, out: list[LinkEvent]) -> None:

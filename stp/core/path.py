@@ -180,15 +180,24 @@ class RemoteCids:
 
 
 class Liveness:
-    """Whether the peer is still there (3)."""
+    """Whether the peer is still there (3).
 
-    __slots__ = ("_heard_at", "_pinged_at", "_unanswered", "keepalive")
+    An owner that expects something (a receipt, the next message of a flow) is told of a peer's end sooner: the first
+    PING leaves after that many seconds of silence, the next after twice as many, up to the keep-alive.
+    """
+
+    __slots__ = ("_heard_at", "_patience", "_pinged_at", "_unanswered", "keepalive")
 
     def __init__(self, keepalive: float, now: float) -> None:
         self.keepalive = keepalive
         self._heard_at = now
         self._pinged_at = now
         self._unanswered = 0
+        self._patience = keepalive
+
+    def expect(self, seconds: float | None) -> None:
+        """Something should come within about `seconds`; None: nothing in particular."""
+        self._patience = self.keepalive if seconds is None else min(seconds, self.keepalive)
 
     def on_heard(self, now: float) -> None:
         """A packet of the peer opened."""
@@ -199,7 +208,7 @@ class Liveness:
         """When the idle session must ping, or be given up."""
         if self._unanswered:
             return self._pinged_at + PING_REPEAT
-        return self._heard_at + self.keepalive
+        return self._heard_at + self._patience
 
     def on_ping_time(self, now: float) -> bool:
         """The time of `next_ping` has come: True, send a PING; False, the peer is dead."""
@@ -207,6 +216,7 @@ class Liveness:
             return False
         self._unanswered += 1
         self._pinged_at = now
+        self._patience = min(2 * self._patience, self.keepalive)
         return True
 
     def dead_at(self, waiting_since: float, pto: float, dead_time: float) -> float:

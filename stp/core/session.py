@@ -286,6 +286,12 @@ class Session:
         if self.state in LIVE:
             self._die(LocalCause.HANDSHAKE_TIMEOUT)
 
+    def expect(self, seconds: float | None) -> None:
+        """The owner waits for the peer: PING after that much silence, then ever later; None: as when idle."""
+        if self._data is not None:
+            self._data.liveness.expect(seconds)
+            self._want_to_send()  # so that the timer is set anew
+
     def statistics(self) -> SessionStatistics:
         """A snapshot."""
         found, data = self._counts, self._data
@@ -345,14 +351,10 @@ class Session:
         return []
 
     def receive_reset(self, token: bytes, now: float) -> bool:
-        """Whether `token` ends a RESET of our peer: it was started anew, and this session is over (protocol §8).
-
-        Believed only after HANDSHAKE_DONE and for CIDs that are not retired; compared in constant time.
-        """
+        """Whether this is our peer's reset token: it was started anew, the session is over (protocol §8)."""
         if self.state is not State.ESTABLISHED or self._data is None:
             return False
-        known = [compare_digest(token, mine) for mine in self._data.remote_cids.tokens.values()]
-        if not any(known):
+        if not any([compare_digest(token, known) for known in self._data.remote_cids.tokens.values()]):
             return False
         self._end(Input.SILENCE, LocalCause.RESET_BY_PEER, "", by_peer=True, now=now)
         return True

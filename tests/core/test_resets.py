@@ -95,3 +95,21 @@ def test_rate_and_size_are_bounded() -> None:
     for number in range(MAX_ADDRESSES + 5):
         resetter.answer(packet, number, 2.0)
     assert len(resetter._said) <= MAX_ADDRESSES
+
+
+def test_who_expects_something_notices_sooner() -> None:
+    """Liveness.expect: PINGs after 1, 2, 4, … seconds of silence; each would draw the RESET."""
+    net = Network(6, delay=0.05)
+    hub, edge = net.listener(**KEYS), net.dialler()
+    session = edge.connect(hub)
+    net.establish(session)
+    net.run_for(10.0)
+    session.expect(1.0)
+    net.run_for(30.0)
+    assert session.state is State.ESTABLISHED
+    mine = [at for at, source, _, _ in net.log if source == edge.addr and at > net.now - 30.0]
+    assert 3 <= len(mine) <= 6, "the pings grow rare"
+    restarted(net, hub, **KEYS)
+    session.expect(1.0)
+    took = net.run(lambda: edge.closed(session) is not None, limit=5.0)
+    assert took <= 1.2
