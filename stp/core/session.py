@@ -354,7 +354,7 @@ class Session:
         """Whether this is our peer's reset token: it was started anew, the session is over (protocol §8)."""
         if self.state is not State.ESTABLISHED or self._data is None:
             return False
-        if not any([compare_digest(token, known) for known in self._data.remote_cids.tokens.values()]):
+        if not sum(compare_digest(token, known) for known in self._data.remote_cids.tokens.values()):
             return False
         self._end(Input.SILENCE, LocalCause.RESET_BY_PEER, "", by_peer=True, now=now)
         return True
