@@ -94,10 +94,14 @@ async def serve_stp(directory: Path, size: int) -> None:
                     data = session.read(stream)
                     if data:
                         meter.add(len(data))
+                        if meter.bytes >= size:
+                            session.close(ErrorCode.NO_ERROR, "all here", trio.current_time())
+                            over.set()
+                            return
                         taken[stream] = taken.get(stream, 0) + len(data)
                         session.advance_credit(stream, taken[stream])
-                case SessionClosed():
-                    over.set()
+                case SessionClosed(code=code, reason=reason) if not over.is_set():
+                    raise RuntimeError(f"session closed: {code} {reason}")
 
     carrier = await UdpCarrier.bind(stp_endpoint(directory, "server", accept=True), HOST, on_ready=on_ready)
     async with trio.open_nursery() as nursery:
@@ -112,34 +116,31 @@ async def send_stp(directory: Path, size: int, port: int) -> None:
     endpoint = stp_endpoint(directory, "client", accept=False)
     chunk, over = bytes(CHUNK), trio.Event()
     left = size
-    stream, empty = -1, 0
+    stream = -1
 
     def on_ready(session: Session) -> None:
-        nonlocal left, stream, empty
+        nonlocal left, stream
         while (event := session.next_event()) is not None:
             match event:
                 case Connected():
                     stream = session.open_stream()
-                    empty = session.room(stream)
-                case SessionClosed(code=code, reason=reason) if not over.is_set():
-                    raise SystemExit(f"session closed: {code} {reason}")
+                case SessionClosed(code=ErrorCode.NO_ERROR):
+                    over.set()
+                    return
+                case SessionClosed(code=code, reason=reason):
+                    raise RuntimeError(f"session closed: {code} {reason}")
                 case StreamWritable():
                     pass
         while stream >= 0 and left and session.room(stream) >= CHUNK:
             session.write(stream, chunk)
             left -= CHUNK
-        if not left:
-            over.set()
 
     carrier = await UdpCarrier.bind(endpoint, HOST, on_ready=on_ready)
     async with trio.open_nursery() as nursery:
         await nursery.start(carrier.run)
-        session = endpoint.connect((HOST, port), expected_node="server", now=trio.current_time())
+        endpoint.connect((HOST, port), expected_node="server", now=trio.current_time())
         carrier.wake()
         await over.wait()
-        while session.room(stream) < empty:  # noqa: ASYNC110 - until all is acknowledged; no event says so
-            await trio.sleep(0.005)
-        session.close(ErrorCode.NO_ERROR, "done", trio.current_time())
         carrier.close()
 
 

@@ -21,6 +21,8 @@ MAX_CHUNKS: Final = 1024
 CONTROL_BUFFER: Final = 256 * 1024
 SEND_BUFFER: Final = 1024 * 1024
 """Bytes that a stream takes from its owner ahead of acknowledgement; stream 0 the former."""
+MAX_SEND_BUFFER: Final = 4 * 1024 * 1024
+"""Where more than half of SEND_BUFFER is under way, as much again is taken, up to this."""
 WRITABLE_ROOM: Final = 64 * 1024
 """Room below which a stream counts as full, and is announced when it comes back."""
 DEFAULT_WEIGHT: Final = 16
@@ -35,6 +37,7 @@ class SendStream:
         "_starts",
         "base",
         "blocked_at",
+        "buffer",
         "fin",
         "fin_acked",
         "fin_sent",
@@ -54,6 +57,8 @@ class SendStream:
         self.weight = weight
         self.limit = limit
         """The peer's MAX_STREAM_DATA."""
+        self.buffer = SEND_BUFFER if stream else CONTROL_BUFFER
+        """Bytes that may lie here unacknowledged; grows with what is under way."""
         self.base = 0
         """Everything below is acknowledged."""
         self.next = 0
@@ -80,7 +85,8 @@ class SendStream:
         self.fin = self.fin or fin
 
     def room(self) -> int:
-        return max(0, (SEND_BUFFER if self.id else CONTROL_BUFFER) - (self.written - self.base))
+        """Bytes that `write` may still bring: only writing makes it less."""
+        return max(0, self.buffer - (self.written - self.base))
 
     def due(self, session_room: int) -> tuple[int, int]:
         """(offset, bytes) that should leave next, lost ones first; (offset, 0) if only FIN or nothing."""
@@ -107,6 +113,8 @@ class SendStream:
         stop = offset + length
         if offset == self.next:
             self.next = stop
+            if 2 * (stop - self.base) > self.buffer and self.id:
+                self.buffer = min(2 * (stop - self.base), MAX_SEND_BUFFER)
         if self.lost:
             self.lost.remove(offset, stop)
         fin = self.fin and stop == self.written

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stp.core.errors import FlowError, LimitError, ProtocolError
-from stp.core.streams import CONTROL_BUFFER, MAX_CHUNKS, MAX_GAPS, SEND_BUFFER, RecvStream, SendStream
+from stp.core.streams import (
+    CONTROL_BUFFER,
+    MAX_CHUNKS,
+    MAX_GAPS,
+    MAX_SEND_BUFFER,
+    SEND_BUFFER,
+    RecvStream,
+    SendStream,
+)
 
 DATA = bytes(random.Random(1).randbytes(4000))
 pieces = st.lists(st.tuples(st.integers(0, 399), st.integers(1, 60)), max_size=60)
@@ -252,6 +260,17 @@ def test_room() -> None:
     stream.write(bytes(SEND_BUFFER), False)
     assert stream.room() == 0
     assert SendStream(0, 1).room() == CONTROL_BUFFER
+
+
+def test_as_much_again_as_is_under_way_has_room_up_to_a_limit() -> None:
+    stream = sender(bytes(SEND_BUFFER), limit=1 << 30)
+    take(stream, SEND_BUFFER)
+    assert stream.room() == SEND_BUFFER
+    stream.write(bytes(3 * SEND_BUFFER), False)
+    take(stream, 3 * SEND_BUFFER)
+    assert stream.room() == MAX_SEND_BUFFER - 4 * SEND_BUFFER
+    stream.on_range_acked(0, 4 * SEND_BUFFER, False)
+    assert stream.room() == MAX_SEND_BUFFER
 
 
 def test_a_reset_sender_forgets_everything() -> None:
