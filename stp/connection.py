@@ -25,6 +25,7 @@ from stp.carriers.udp import UdpCarrier
 from stp.control import Goaway, Hello
 from stp.core.endpoint import Endpoint, EndpointConfig
 from stp.core.errors import ErrorCode, StpError
+from stp.core.path import KEEPALIVE
 from stp.core.session import Session
 from stp.identity import Address, ContextCache, Identity, TimeFloor
 from stp.link import GoawayReceived, HelloReceived, Link, LinkClosed, LinkEvent
@@ -98,6 +99,7 @@ class Connection:
         on_event: Callable[[Link, LinkEvent], None],
         on_down: Callable[[], None],
         on_idle: Callable[[], None],
+        keepalive: float = KEEPALIVE,
     ) -> None:
         self.target = target
         self.where = f"{target.host}:{target.port}"
@@ -110,6 +112,7 @@ class Connection:
         self._contexts = contexts
         self._hello = hello
         self._network_keys = network_keys
+        self._keepalive = keepalive
         self._on_up, self._on_event = on_up, on_event
         self._on_down, self._on_idle = on_down, on_idle
         self._dialled: Link | None = None
@@ -197,6 +200,7 @@ class Connection:
                 leaf_der=self._contexts.leaf_der,
                 network_keys=self._network_keys,
                 random_bytes=os.urandom,
+                keepalive=self._keepalive,
             )
         )
         local = "::" if ipaddress.ip_address(host.partition("%")[0]).version == 6 else "0.0.0.0"
@@ -343,8 +347,12 @@ class Dialler:
         on_event: Callable[[Link, LinkEvent], None],
         on_down: Callable[[], None],
         on_idle: Callable[[], None],
+        keepalive: float = KEEPALIVE,
     ) -> Connection:
-        """A connection that introduces itself with this source (16 bytes). `run` it to dial."""
+        """A connection that introduces itself with this source (16 bytes). `run` it to dial.
+
+        `keepalive`: seconds of silence after which it asks whether the keeper lives.
+        """
         identity = self.identity
         software = f"stp/{SOFTWARE_VERSION}"
         hello = Hello(identity.domain, identity.node, source, self.run, self._nonce, self._kind, software)
@@ -358,6 +366,7 @@ class Dialler:
             on_event=on_event,
             on_down=on_down,
             on_idle=on_idle,
+            keepalive=keepalive,
         )
 
 

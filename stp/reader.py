@@ -7,6 +7,7 @@ subscription shares its session with no other.
 from __future__ import annotations
 
 import os
+from typing import Final
 
 import trio
 
@@ -15,6 +16,9 @@ from stp.control import Subscribe
 from stp.link import Link, LinkEvent, RecordReceived, SubscribedReceived
 from stp.outbox import Refused
 from stp.subscriber import Inbox, Replier, Subscription
+
+KEEPALIVE: Final = 5.0
+"""Seconds of silence until it asks whether the keeper lives: who only listens hears of a restart in no other way."""
 
 
 class Reader:
@@ -28,6 +32,7 @@ class Reader:
             on_event=self._on_event,
             on_down=self._on_down,
             on_idle=self._on_idle,
+            keepalive=KEEPALIVE,
         )
         self.inbox = Inbox(replier, self._connection.wake, once=True)
         self.subscription = Subscription(wanted, self.inbox, manual, self._close)
@@ -54,6 +59,7 @@ class Reader:
             self.subscription.fail(Refused(0, str(rejected), " ".join(self.wanted.filters)))
 
     def _close(self, subscription: Subscription) -> None:
+        self.inbox.remove(subscription)
         self._over.set()
 
     def _on_up(self, link: Link) -> None:
