@@ -1,4 +1,4 @@
-"""What a Session tells its owner, a closed union (docs/architecture.md). Treat the values as frozen.
+"""What a Session tells its owner: events, a closed union, and statistics. Treat the values as frozen.
 
 Bytes of a stream are not events: `Session.read` hands them out, `StreamReadable` only says that there are some.
 """
@@ -83,3 +83,26 @@ Event: TypeAlias = (
     | NewToken
     | SessionClosed
 )
+
+
+@define
+class SessionStatistics:
+    """Bytes are of UDP payload, times are seconds, counts are since the start of the session."""
+
+    datagrams_in: int = 0
+    bytes_in: int = 0
+    datagrams_out: int = 0
+    bytes_out: int = 0
+    wrong_address: int = 0
+    """Buffers from elsewhere than the peer's address: dropped."""
+    early_kept: int = 0
+    early_dropped: int = 0
+    packets_lost: int = 0
+    failed_opens: int = 0
+    repeated: int = 0
+    rtt: float = 0.0
+    rtt_var: float = 0.0
+    cwnd: int = 0
+    in_flight: int = 0
+    session_credit: int = 0
+    """Bytes the peer would still take on all streams but 0."""

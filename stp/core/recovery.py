@@ -18,6 +18,9 @@ K_TIME_THRESHOLD: Final = 9 / 8
 K_GRANULARITY: Final = 0.001
 K_INITIAL_RTT: Final = 0.333
 K_PERSISTENT_CONGESTION_THRESHOLD: Final = 3
+MAX_GUESS: Final = 0.1
+"""Seconds: the longest RTT that is taken over from a handshake as a guess. There an ACK that was lost and said again
+makes a sample of seconds; too short a guess costs a few probes, too long a one costs HANDSHAKE_DONE its time."""
 MAX_PROBE_INTERVAL: Final = 1.0
 """Seconds. A departure from RFC 9002 §6.2.1, which doubles without end: a path that comes back after an outage is
 to be found within about a second, and the dead-peer rule (protocol §8) ends the probing anyway."""
@@ -54,11 +57,13 @@ class RttEstimator:
 
     __slots__ = ("latest", "max_ack_delay", "min", "sampled", "smoothed", "var")
 
-    def __init__(self, initial: float | None = None, max_ack_delay: float = 0.025) -> None:
+    def __init__(
+        self, initial: float | None = None, max_ack_delay: float = 0.025, *, guess: float = K_INITIAL_RTT
+    ) -> None:
         self.max_ack_delay = max_ack_delay
         """Seconds, the peer's."""
         self.sampled = initial is not None
-        self.latest = self.min = self.smoothed = K_INITIAL_RTT if initial is None else initial
+        self.latest = self.min = self.smoothed = guess if initial is None else initial
         self.var = self.smoothed / 2  # RFC 9002 §5.3
 
     def on_sample(self, latest: float, ack_delay: float) -> None:

@@ -23,7 +23,7 @@ from attrs import define
 from stp.core import frames
 from stp.core.dataspace import DataSpace, Transmit
 from stp.core.errors import ErrorCode, LocalCause, PacketError, ProtocolError, UsageError
-from stp.core.events import Connected, Event, NewToken, SessionClosed, StreamReadable
+from stp.core.events import Connected, Event, NewToken, SessionClosed, SessionStatistics, StreamReadable
 from stp.core.flow import WindowBudget
 from stp.core.handshake import PeerIdentity
 from stp.core.initspace import ClientHandshake, HandshakeState, InitHandshake
@@ -37,7 +37,7 @@ from stp.core.path import (
     Liveness,
     Path,
 )
-from stp.core.recovery import RttEstimator
+from stp.core.recovery import MAX_GUESS, RttEstimator
 from stp.core.streams import DEFAULT_WEIGHT
 from stp.core.streamset import StreamSet
 
@@ -115,29 +115,6 @@ class SessionContext:
     datagram: int = BASE_DATAGRAM
     keepalive: float = KEEPALIVE
     dead_time: float = DEAD_TIME
-
-
-@define
-class SessionStatistics:
-    """Bytes are of UDP payload, times are seconds, counts are since the start of the session."""
-
-    datagrams_in: int = 0
-    bytes_in: int = 0
-    datagrams_out: int = 0
-    bytes_out: int = 0
-    wrong_address: int = 0
-    """Buffers from elsewhere than the peer's address: dropped."""
-    early_kept: int = 0
-    early_dropped: int = 0
-    packets_lost: int = 0
-    failed_opens: int = 0
-    repeated: int = 0
-    rtt: float = 0.0
-    rtt_var: float = 0.0
-    cwnd: int = 0
-    in_flight: int = 0
-    session_credit: int = 0
-    """Bytes the peer would still take on all streams but 0."""
 
 
 class Session:
@@ -496,7 +473,7 @@ class Session:
         self._enter(Input.KEYS)
         self.id = keys.session_id
         self.suite = keys.suite
-        parameters = hello.parameters
+        parameters, guess = hello.parameters, min(handshake.rtt or MAX_GUESS, MAX_GUESS)
         self._path.datagram = min(self._path.datagram, parameters.max_datagram)
         self._streams.peer_max_streams = [parameters.max_streams_bidi, parameters.max_streams_uni]
         space = self._data = DataSpace(
@@ -505,7 +482,7 @@ class Session:
             cid=handshake.cid,
             peer_cid=handshake.peer_cid,
             path=self._path,
-            rtt=RttEstimator(handshake.rtt, parameters.max_ack_delay_ms / 1000),
+            rtt=RttEstimator(None, parameters.max_ack_delay_ms / 1000, guess=guess),
             streams=self._streams,
             liveness=Liveness(context.keepalive + (0 if self.dialling else LISTENER_PATIENCE), now),
             cid_source=context.cid_source,

@@ -74,6 +74,13 @@ def test_the_first_sample_replaces_the_guess() -> None:
     assert (rtt.smoothed, rtt.var, rtt.min) == (0.040, 0.020, 0.040)
 
 
+def test_a_guess_is_replaced_by_the_first_sample() -> None:
+    rtt = RttEstimator(guess=0.08)
+    assert rtt.pto() == pytest.approx(0.08 + 4 * 0.04 + 0.025)
+    rtt.on_sample(1.5, 0.0)
+    assert (rtt.smoothed, rtt.min) == (1.5, 1.5)
+
+
 def test_ack_delay_is_capped_and_never_undercuts_the_minimum() -> None:
     """RFC 9002 §5.3: at most max_ack_delay; not at all if latest would fall below min_rtt."""
     capped, plain = RttEstimator(0.1), RttEstimator(0.1)
