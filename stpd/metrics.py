@@ -3,10 +3,10 @@
 (1) Every metric begins with stpd_, has a HELP and a TYPE, and ends as its kind asks: counters in _total.
 (2) No metric has a label whose values strangers choose: peers are named only where they are hops, which an
     operator or an enrolment made; at most MAX_HOPS of them, the rest summed up under "other".
-(3) Counting costs `+= 1` where it happens; all work is done here, when somebody asks.
+(3) Counting costs `+= 1` where it happens; the work is done here, when somebody asks, and not in the loop.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from attrs import Factory, define
@@ -65,32 +65,22 @@ class Snapshot:
 
 
 class DaemonCollector(Collector):
-    """The one collector. `take` makes a snapshot; it is called once per scrape."""
+    """The one collector, of one scrape."""
 
-    def __init__(self, take: Callable[[], Snapshot]) -> None:
-        self._take = take
-
-    def describe(self) -> Iterable[Metric]:
-        """Nothing in advance: registering must not ask a daemon that is not running yet."""
-        return ()
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
 
     def collect(self) -> Iterator[Metric]:
-        """All families of one scrape."""
-        snapshot = self._take()
+        """All families."""
         for part in (_node, _sessions, _transport, _ledger, _hops, _store, _process):
-            yield from part(snapshot)
+            yield from part(self._snapshot)
 
 
-class Exposition:
-    """Renders a snapshot in Prometheus' text format."""
-
-    def __init__(self, take: Callable[[], Snapshot]) -> None:
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(DaemonCollector(take))
-
-    def render(self) -> bytes:
-        """One scrape."""
-        return generate_latest(self._registry)
+def render(snapshot: Snapshot) -> bytes:
+    """A snapshot in Prometheus' text format. Takes 0.2 s for a thousand hops: call it in a thread."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(DaemonCollector(snapshot))
+    return generate_latest(registry)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:
@@ -195,6 +185,8 @@ def _ledger(s: Snapshot) -> Iterator[Metric]:
     shown = {h.name for h in s.hops[:MAX_HOPS]}
     totals: dict[tuple[str, str, int, str], int] = {}
     for h in s.ledger.hops:
+        if not h.routed:
+            continue  # most edges use one lane of four, and a hub has many edges
         for outcome in ("routed", "custody", "expired", "dropped", "filtered", "quarantined", "crash"):
             name = h.hop if h.hop in shown else OTHER
             where = (name, h.kind, h.lane, outcome)

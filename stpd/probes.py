@@ -29,7 +29,7 @@ METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Probed(Protocol):
-    """What the probes ask the daemon. All three are cheap and do not block."""
+    """What the probes ask the daemon. Nothing of it blocks the loop."""
 
     def unhealthy(self) -> list[str]:
         """Why the daemon does not progress, in words; empty: it does."""
@@ -37,7 +37,7 @@ class Probed(Protocol):
     def unready(self) -> list[str]:
         """Why no traffic should come here now; empty: let it come."""
 
-    def metrics(self) -> bytes:
+    async def metrics(self) -> bytes:
         """The metrics as Prometheus reads them; see `stpd.metrics`."""
 
 
@@ -49,6 +49,7 @@ class ProbeServer:
     statistics: httpd.ServerStatistics = Factory(httpd.ServerStatistics)
     _metrics: bytes = b""
     _made_at: float = -math.inf
+    _making: trio.Lock = Factory(trio.Lock)
 
     async def serve(
         self, host: str, port: int, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED
@@ -85,15 +86,15 @@ class ProbeServer:
         if request.path == "/ready":
             return _verdict(self.probed.unready(), "ready")
         if request.path == "/metrics":
-            return Response(body=self._make_metrics(), content_type=METRICS_TYPE)
+            return Response(body=await self._make_metrics(), content_type=METRICS_TYPE)
         raise RequestError(404, "no_such_path", "nothing here", "there are /health, /ready and /metrics")
 
-    def _make_metrics(self) -> bytes:
-        now = trio.current_time()
-        if now - self._made_at >= METRICS_INTERVAL:
-            self._metrics = self.probed.metrics()
-            self._made_at = now
-        return self._metrics
+    async def _make_metrics(self) -> bytes:
+        async with self._making:
+            if trio.current_time() - self._made_at >= METRICS_INTERVAL:
+                self._metrics = await self.probed.metrics()
+                self._made_at = trio.current_time()
+            return self._metrics
 
 
 def _verdict(reasons: list[str], good: str) -> Response:

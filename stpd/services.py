@@ -17,7 +17,7 @@ from stpd.api import ManagementServer, make_context
 from stpd.checks import split_address
 from stpd.enrol import EnrolmentDoor
 from stpd.issuing import Forward, Issuer
-from stpd.metrics import Exposition, HopLag, Snapshot
+from stpd.metrics import HopLag, Snapshot, render
 from stpd.probes import ProbeServer
 from stpd.status import to_dict
 
@@ -38,7 +38,6 @@ class Services:
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
         self._context: tuple[Identity, ssl.SSLContext] | None = None
-        self._exposition = Exposition(self.snapshot)
         self.management: ManagementServer | None = None
         self.enrolment: EnrolmentDoor | None = None
         self.issuer: Issuer | None = None
@@ -103,8 +102,8 @@ class Services:
             return ["starting"]
         return ["draining"] if d.draining else []
 
-    def metrics(self) -> bytes:
-        return self._exposition.render()
+    async def metrics(self) -> bytes:
+        return await trio.to_thread.run_sync(render, self.snapshot())
 
     def snapshot(self) -> Snapshot:
         """All numbers of one scrape."""

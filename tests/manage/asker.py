@@ -62,7 +62,7 @@ async def connect(port: int, directory: Path, bundle: bytes = b"") -> Asker:
 async def until(true: Callable[[], bool]) -> None:
     """Let the server do what it has been given cause for; five seconds at most."""
     with trio.fail_after(5):
-        while not true():  # noqa: ASYNC110 - counters have no event to wait for
+        while not true():
             await trio.sleep(0.001)
 
 

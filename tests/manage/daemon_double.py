@@ -39,7 +39,7 @@ from stpd.status import (
     SessionStatus,
     UpstreamStatus,
 )
-from tests.identity_kit import DOMAIN, Kit, key_pem, pem, shared
+from tests.identity_kit import DOMAIN, Flaw, Kit, key_pem, pem, shared
 
 NODE = "hub-1"
 SECRET = "stpj1.c2VjcmV0LXNlY3JldC1zZWNyZXQ"
@@ -164,7 +164,7 @@ class Double:
 
 @functools.cache
 def operator_bundle(
-    role: str = "operator", *, uri: str = "", kit: Kit | None = None, ended: bool = False
+    role: str = "operator", *, uri: str = "", kit: Kit | None = None, ended: bool = False, early: bool = False
 ) -> bytes:
     """Key, certificate and anchor of an operator, as one PEM; `uri` in place of the right one."""
     kit = kit or shared()
@@ -177,7 +177,7 @@ def operator_bundle(
         .issuer_name(kit.ca.subject)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=2))
+        .not_valid_before(now + timedelta(hours=1) if early else now - timedelta(days=2))
         .not_valid_after(now - timedelta(days=1) if ended else now + timedelta(days=1))
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
         .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(name)]), critical=False)
@@ -187,8 +187,8 @@ def operator_bundle(
 
 
 @functools.cache
-def server_context(node: str = NODE) -> ssl.SSLContext:
-    bundle = shared().bundle(node)
+def server_context(node: str = NODE, *, early: bool = False) -> ssl.SSLContext:
+    bundle = shared().bundle(node, Flaw.NOT_YET_VALID if early else Flaw.NONE)
     certificates = bundle.index(b"-----BEGIN CERTIFICATE")
     end = bundle.rindex(b"-----END CERTIFICATE-----") + 26
     return make_context(bundle[certificates:end], bundle[:certificates], pem(shared().ca))

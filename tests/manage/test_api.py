@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import ssl
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from structlog.testing import capture_logs
 from stpd import api, httpd
 from stpd.api import HANDLERS, Call, NotAnOperatorError, Operator, Role, find, make_context, operator_of
 from stpd.httpd import Request, RequestError
+from stpd.status import SessionStatus
 from tests.identity_kit import DOMAIN, Flaw, shared
 from tests.manage.asker import Asker, connect, until
 from tests.manage.daemon_double import (
@@ -255,6 +257,29 @@ async def test_revocation_holds_at_once(tmp_path: Path) -> None:
         revoked.add(seen[0])
         status, answer = await client.ask("GET", "/v1/status")
         assert (status, answer["error"]["code"]) == (403, "revoked")
+
+
+async def test_a_machine_without_a_clock_does_not_lock_its_operators_out(tmp_path: Path) -> None:
+    """It woke up in 1970, where no certificate is valid yet; once its clock is set dates count again."""
+    early = operator_bundle(early=True)
+    async with serving(Double()) as (server, port):
+        await refused(port, tmp_path, early)
+        server.clock = lambda: 42.0
+        assert (await (await connect(port, tmp_path, early)).ask("GET", "/v1/status"))[0] == 200
+        await refused(port, tmp_path, operator_bundle(kit=shared().stranger))
+        server.clock = time.time
+        await refused(port, tmp_path, early)
+
+
+async def test_long_lists_let_others_have_their_turn(tmp_path: Path) -> None:
+    class Busy(Double):
+        async def sessions(self) -> list[SessionStatus]:
+            return [SessionStatus(id=f"{n:032x}") for n in range(1001)]
+
+    async with serving(Busy()) as (_, port):
+        client = await connect(port, tmp_path)
+        _, answer = await client.ask("GET", "/v1/sessions")
+        assert [int(one["id"], 16) for one in answer] == list(range(1001))
 
 
 async def test_a_new_context_holds_from_the_next_connection_on(tmp_path: Path) -> None:

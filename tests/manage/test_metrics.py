@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from stpd.metrics import MAX_HOPS, OTHER, Exposition, HopLag, Snapshot
+from stpd.metrics import MAX_HOPS, OTHER, HopLag, Snapshot, render
 from stpd.status import LaneLag
 from tests.manage.daemon_double import Double
 
@@ -51,7 +51,7 @@ def families(data: bytes) -> dict[str, dict[str, float]]:
 
 def test_every_metric_is_ours_and_explained() -> None:
     """metrics (1)."""
-    text = Exposition(snapshot).render().decode()
+    text = render(snapshot()).decode()
     names = re.findall(r"^# TYPE (\S+) (\S+)$", text, re.M)
     helps = dict(re.findall(r"^# HELP (\S+) (.+)$", text, re.M))
     assert len(names) == len({name for name, _ in names})
@@ -66,7 +66,7 @@ def test_every_metric_is_ours_and_explained() -> None:
 
 
 def test_the_numbers_are_those_of_the_snapshot() -> None:
-    found = families(Exposition(snapshot).render())
+    found = families(render(snapshot()))
     assert found["stpd_unexplained_messages"] == {"stpd_unexplained_messages": 0}
     assert found["stpd_sessions_by_role"] == {
         "stpd_sessions_by_role,role=gateway": 2,
@@ -98,7 +98,7 @@ def test_the_number_of_series_is_bounded() -> None:
         type(many.ledger.hops[0])(hop=f"edge-{n}", kind="edge", lane=3, routed=1)
         for n in range(MAX_HOPS + 100)
     ]
-    found = families(Exposition(lambda: many).render())
+    found = families(render(many))
     assert len(found["stpd_hop_connected"]) == MAX_HOPS
     lag = found["stpd_hop_lag_messages"]
     assert lag[f"stpd_hop_lag_messages,hop={OTHER},kind=edge,lane=telemetry"] == 200
@@ -117,7 +117,7 @@ def test_peers_are_no_labels() -> None:
     many.ledger.doors = [
         type(one)(peer=f"device-{n}", class_name="telemetry", received=1, accepted=1) for n in range(1000)
     ]
-    text = Exposition(lambda: many).render().decode()
+    text = render(many).decode()
     assert "device-" not in text
     assert 'stpd_door_messages_total{class="telemetry",outcome="received"} 1000.0' in text
 
@@ -125,7 +125,7 @@ def test_peers_are_no_labels() -> None:
 def test_names_with_quotes_do_not_break_the_format() -> None:
     odd = snapshot()
     odd.hops[0].name = 'a"b\\c\nd'
-    found = families(Exposition(lambda: odd).render())
+    found = families(render(odd))
     assert 'stpd_hop_connected,hop=a"b\\c\nd,kind=reader' in found["stpd_hop_connected"]
 
 
@@ -134,6 +134,6 @@ def test_promtool_finds_nothing_to_complain_of() -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not installed (Debian: prometheus)")
-    data = Exposition(snapshot).render()
+    data = render(snapshot())
     run = subprocess.run([promtool, "check", "metrics"], input=data, capture_output=True, check=False)
     assert (run.returncode, run.stdout + run.stderr) == (0, b"")

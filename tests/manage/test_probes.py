@@ -28,7 +28,8 @@ class Daemon:
     def unready(self) -> list[str]:
         return self.busy
 
-    def metrics(self) -> bytes:
+    async def metrics(self) -> bytes:
+        await trio.lowlevel.checkpoint()
         self.scrapes += 1
         return b"stpd_up 1\n"
 
@@ -88,6 +89,15 @@ async def test_metrics_are_made_at_most_so_often(monkeypatch: pytest.MonkeyPatch
         await ask(port, "/metrics")
         assert daemon.scrapes == 2
         assert server.statistics.requests == 4
+
+
+async def test_scrapes_at_the_same_time_are_one() -> None:
+    """probes (4)."""
+    daemon = Daemon()
+    async with probing(daemon) as (_, port), trio.open_nursery() as nursery:
+        for _n in range(5):
+            nursery.start_soon(ask, port, "/metrics")
+    assert daemon.scrapes == 1
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,15 @@ from stpctl.__main__ import run as run_stpctl
 from stpctl.commands import root
 from stpctl.errors import CONFIG, FAILED, REFUSED, UNREACHABLE, USAGE
 from tests.identity_kit import shared
-from tests.manage.daemon_double import NODE, SECRET, Double, operator_bundle, serving, write_context
+from tests.manage.daemon_double import (
+    NODE,
+    SECRET,
+    Double,
+    operator_bundle,
+    server_context,
+    serving,
+    write_context,
+)
 
 
 @define
@@ -251,6 +259,23 @@ async def test_wrong_usage(home: Path, capsys: pytest.CaptureFixture[str], comma
     assert (await stpctl(capsys, *command.split())).status == USAGE
 
 
+async def test_an_operators_machine_without_a_clock(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stp.identity import BUILD_TIME
+    from stpctl import client
+
+    assert client.BUILD_TIME == BUILD_TIME
+    tomorrow = server_context(NODE, early=True)
+    async with serving(Double()) as (server, port):
+        server.context = lambda: tomorrow
+        write_context(home, port)
+        refused = await stpctl(capsys, "status")
+        assert (refused.status, "not yet valid" in refused.err) == (REFUSED, True)
+        monkeypatch.setattr("time.time", lambda: 42.0)
+        assert (await stpctl(capsys, "status")).status == 0
+
+
 # Contexts ----------------------------------------------------------------------------------------------
 
 
@@ -391,7 +416,7 @@ async def test_watching_events_survives_a_restart_of_the_daemon(home: Path) -> N
                 partial(trio.run_process, command, stdout=PIPE, stderr=PIPE, check=False)
             )
             with trio.fail_after(20):
-                while not first.bus.statistics().watchers:  # noqa: ASYNC110 - a process has no event
+                while not first.bus.statistics().watchers:
                     await trio.sleep(0.01)
                 first.bus.publish("session.open", "before")
                 assert json.loads(await process.stdout.receive_some())["text"] == "before"
@@ -413,7 +438,7 @@ async def test_watch_looks_again(home: Path) -> None:
             command = [sys.executable, "-m", "stpctl", "status", "-w", "0.1"]
             process = await nursery.start(partial(trio.run_process, command, stdout=DEVNULL, check=False))
             with trio.fail_after(20):
-                while server.statistics.requests < 3:  # noqa: ASYNC110 - a process has no event
+                while server.statistics.requests < 3:
                     await trio.sleep(0.01)
             process.send_signal(signal.SIGINT)
             with trio.fail_after(20):
