@@ -216,6 +216,7 @@ class StoreStatistics:
     """Appends refused because the queue to the writer was full."""
     full_disk: int = 0
     errors: int = 0
+    """Appends that a failed commit took with it."""
     trimmed_records: int = 0
     trimmed_bytes: int = 0
     dropped_messages: int = 0
@@ -230,6 +231,7 @@ class StoreStatistics:
     queue_records: int = 0
     queue_bytes: int = 0
     wal_bytes: int = 0
+    """Size of the write-ahead log when it was last copied into the database. It is used again, not shortened."""
     degraded: str = ""
     """Why data is refused by the disk right now, in words; "" when all is well."""
     damage: str = ""

@@ -236,6 +236,7 @@ class Committer:
         try:
             _, pages, done = self._conn.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
             self._wal_pages = max(pages - done, 0)
+            self._statistics.wal_bytes = self._wal_size()
         except sqlite3.Error:
             self._wal_pages //= (
                 2  # the disk is full or broken, which the next commit will tell; not at once again
@@ -249,10 +250,9 @@ class Committer:
 
     def tidy(self) -> None:
         """Idle: give free pages beyond VACUUM_FREE, and beyond a quarter of the file, back to the file system."""
-        free = self._free_pages()
-        if free * PAGE_SIZE > VACUUM_FREE and free * PAGE_SIZE > (self.used + free * PAGE_SIZE) // 4:
+        free = self._free_pages() * PAGE_SIZE
+        if free > VACUUM_FREE and free > (self.used + free) // 4:
             self._vacuum()
-        self._statistics.wal_bytes = self._wal_size()
 
     def _vacuum(self) -> None:
         try:

@@ -167,7 +167,7 @@ def _identity(row: Row, lane: int) -> tuple[bytes, int, int, tuple[bytes, ...]]:
             end = len(record) - 5 - 16 * hops
             if end < _VOID_TO.size + 4:
                 break
-            if crc32(memoryview(record)[4 : end - 4]) == _U32.unpack_from(record, end - 4)[0]:
+            if crc32(memoryview(record)[4 : end - 4]) in (_U32.unpack_from(record, end - 4)[0], row[13]):
                 _, kind, its_lane, _, source, number, to = _VOID_TO.unpack_from(record)
                 if its_lane != lane:
                     break

@@ -98,6 +98,7 @@ class SqliteStore:
         reserve_bytes: int = 0,
         retention_s: float = 0.0,
         cache_bytes: int = DEFAULT_CACHE,
+        new_id: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> Self:
         """Open the store in the directory `path`, or make it.
@@ -106,6 +107,8 @@ class SqliteStore:
         reserve together; the write-ahead log (≤ 64 MiB as a rule) comes on top. `reserve_bytes` 0 means an
         eighth of the budget.
         `retention_s`: seconds that records stay after every hop has taken them (0: none, as gateways want it).
+        `new_id` is for files that came from a backup: numbers given since then must not be given again, so the
+        store numbers under a new source from 1 (protocol §10). What is in the log keeps its source and number.
         `clock` is the wall clock. Raises StoreError, StoreInUseError or StoreFormatError.
         """
         reserve = reserve_bytes or min(max(budget_bytes // 8, MIN_RESERVE), MAX_RESERVE)
@@ -114,7 +117,7 @@ class SqliteStore:
                 f"a budget of {budget_bytes} bytes is too small: at least {max(MIN_BUDGET, 2 * reserve)}"
             )
         parts = await trio.to_thread.run_sync(
-            open_parts, Path(path), node_id, budget_bytes - reserve, reserve, retention_s, clock
+            open_parts, Path(path), node_id, budget_bytes - reserve, reserve, retention_s, clock, new_id
         )
         return cls(parts, cache_bytes=cache_bytes, budget=budget_bytes)
 
@@ -505,14 +508,20 @@ class Parts:
 
 
 def open_parts(
-    path: Path, node_id: bytes, limit: int, reserve_bytes: int, retention_s: float, clock: Callable[[], float]
+    path: Path,
+    node_id: bytes,
+    limit: int,
+    reserve_bytes: int,
+    retention_s: float,
+    clock: Callable[[], float],
+    new_id: bool = False,
 ) -> Parts:
     """All that touches the disk at the start. Raises StoreError and its kinds."""
     lock = DirectoryLock(path)
     try:
         conn = open_database(path / DATABASE)
         try:
-            options = Options(path, _identify(conn, path, node_id), limit, retention_s, clock)
+            options = Options(path, _identify(conn, path, node_id, new_id), limit, retention_s, clock)
             reserve = Reserve(path, reserve_bytes)
             reserve.take()
             statistics = StoreStatistics()
@@ -529,7 +538,7 @@ def open_parts(
         raise
 
 
-def _identify(conn: sqlite3.Connection, path: Path, node_id: bytes) -> bytes:
+def _identify(conn: sqlite3.Connection, path: Path, node_id: bytes, new_id: bool) -> bytes:
     """The store's id, made with the store; StoreError if the store is another node's."""
     meta: dict[str, Any] = dict(conn.execute("SELECT key, value FROM meta"))
     if not meta:
@@ -542,4 +551,10 @@ def _identify(conn: sqlite3.Connection, path: Path, node_id: bytes) -> bytes:
             f"the store in {path} belongs to another node: give this node a directory of its own,"
             " or its former name and domain"
         )
+    if new_id:
+        meta["store_id"] = secrets.token_bytes(16)
+        conn.execute("BEGIN IMMEDIATE")
+        conn.execute("UPDATE meta SET value = ? WHERE key = 'store_id'", (meta["store_id"],))
+        conn.execute("UPDATE lane SET number = 0")
+        conn.execute("COMMIT")
     return bytes(meta["store_id"])

@@ -232,6 +232,10 @@ class Writer:
             self._deaf = True
         result = self._refusal(items, OutcomeKind.FULL if full else OutcomeKind.ERROR)
         result.failed = True
+        if full:
+            self._statistics.full_disk += len(items)
+        else:
+            self._statistics.errors += len(items)
         self._committer.pending.tally.add(result.tally)
         self._committer.reserve.release()
         self._deliver(result, flushes)

@@ -105,7 +105,7 @@ async def everything(store: SqliteStore, lane: int = LANE, pos: int = 1) -> list
 async def until(condition: Callable[[], bool], limit: float = 5.0) -> None:
     """Wait for what another thread brings about."""
     with trio.fail_after(limit):
-        while not condition():  # noqa: ASYNC110 - the other thread knows no trio
+        while not condition():
             await trio.sleep(0.002)
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from store_kit import LANE, Desk, everything, kept, new_source, open_store, published, until, voided
 
 from stp.records import VOID, VoidReason, read_record
+from stpd.store import commits
 from stpd.store import quarantine as quarantine_module
 from stpd.store.base import Hop, OutcomeKind, Stored, StoreError
 from stpd.store.rows import DamagedRowError, columns_hold, make_row, read_row, void_in_place
@@ -261,6 +262,26 @@ async def test_pages_that_sqlite_cannot_read_are_stepped_over(tmp_path: Path) ->
         await store.flush()
         await until(lambda: bool(store.statistics().damage) or bool(store.degraded))
         assert "malformed" in store.statistics().damage + store.degraded
+
+
+async def test_trimming_that_fails_does_not_stop_data(
+    store: SqliteStore, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damage that only trimming meets: it stops, visibly, and records still come and go."""
+    monkeypatch.setattr(commits, "TRIM_INTERVAL", 0.0)
+    await desk.ask(kept(new_source(), 1))
+
+    def malformed(*_: object) -> None:
+        exc = sqlite3.DatabaseError("database disk image is malformed")
+        exc.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+        raise exc
+
+    monkeypatch.setattr(store._writer._committer._trimmer, "trim", malformed, raising=False)
+    assert await desk.kinds(kept(new_source(), 1), kept(new_source(), 1)) == [OutcomeKind.STORED] * 2
+    assert "trimming stopped" in store.statistics().damage
+    assert not store.degraded
+    assert store.ledger().unexplained == 0
+    assert await desk.kinds(kept(new_source(), 1)) == [OutcomeKind.STORED]
 
 
 async def test_a_database_that_is_gone_is_an_error(store: SqliteStore, desk: Desk, tmp_path: Path) -> None:

@@ -127,6 +127,22 @@ async def test_a_store_belongs_to_a_node(tmp_path: Path) -> None:
     await (await open_store(tmp_path, node_id=b"a" * 16)).aclose()  # the refusal let go of the lock
 
 
+async def test_a_store_from_a_backup_numbers_under_a_new_id(tmp_path: Path) -> None:
+    async with await open_store(tmp_path) as store:
+        former = store.store_id
+        await Desk(store).ask(published(new_source(), 1))
+    async with await open_store(tmp_path, new_id=True) as store:
+        assert store.store_id != former
+        await Desk(store).ask(published(new_source(), 1))
+        assert [(row.source, row.number) for row in await everything(store)] == [
+            (former, 1),
+            (store.store_id, 1),
+        ]
+        own = store.store_id
+    async with await open_store(tmp_path) as store:
+        assert store.store_id == own
+
+
 async def test_a_budget_too_small_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="too small"):
         await SqliteStore.open(tmp_path, budget_bytes=MIN_BUDGET - 1)
