@@ -22,7 +22,7 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
         yield made
 
 
-def start(node: Node, *) -> tuple[int, list[str]]:
+def start(node: Node) -> tuple[int, list[str]]:
     """Exit status and what stood on standard error but log lines."""
     done = subprocess.run(
         [sys.executable, "-m", "stpd", "run", "--config", str(node.config)],

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import trio
 
 import stp
 from bench.fleet import Fleet
@@ -58,7 +59,7 @@ async def test_fault_24_a_wrong_certificate_is_never_connected(tmp_path: Path, w
         deadline = time.monotonic() + 5
         while "handshake_refused" not in hub.log.read_text():
             assert time.monotonic() < deadline, hub.tail()
-            time.sleep(0.02)
+            await trio.sleep(0.02)
 
 
 async def test_without_the_network_key_there_is_only_silence(tmp_path: Path) -> None:
