@@ -214,6 +214,8 @@ class Connection:
                 closed = await self._watch()
                 nursery.cancel_scope.cancel()
         finally:
+            if self._dialled is not None:  # cancelled: the peer need not find out by silence
+                self._dialled.close(ErrorCode.NO_ERROR, "", trio.current_time())
             carrier.close()
             self._carrier = self._dialled = None
             self._down()

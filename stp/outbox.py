@@ -36,7 +36,7 @@ FINAL_CODES: Final = frozenset(
 
 RETRY_FLOOR: Final = 0.05
 RETRY_CEILING: Final = 5.0
-"""Seconds before a refused record is sent again; doubled from one refusal of the lane to the next."""
+"""Seconds before a refused record is sent again, where the keeper names none; doubled while nothing is kept."""
 
 RECORD_OVERHEAD: Final = 256
 """Bytes counted for each record beside its own."""
@@ -161,7 +161,7 @@ class Outbox:
     _unsent: deque[Flight] = field(factory=deque)
     _sent: deque[Flight] = field(factory=deque)
     _awaiting: deque[Flight] = field(factory=deque)
-    _backoff: float = RETRY_FLOOR
+    _backoff: float = 0.0
 
     # -- the owner's verbs
 
@@ -253,7 +253,7 @@ class Outbox:
         self._answer(flight, custody=True)
 
     def _kept(self, flight: Flight) -> None:
-        self._backoff = RETRY_FLOOR
+        self._backoff = 0.0
         self.refusal = ""
         if not flight.void:
             self.stats.waiting -= flight.messages
@@ -296,8 +296,9 @@ class Outbox:
             self._give_up(flight, code, reason)
             return
         self.refusal = f"{name_of_code(code)}: {reason}" if reason else name_of_code(code)
-        self.not_before = now + max(retry_after, self._backoff)
-        self._backoff = min(self._backoff * 2, RETRY_CEILING)
+        pause = max(retry_after or RETRY_FLOOR, self._backoff)
+        self.not_before = now + pause
+        self._backoff = min(pause * 2, RETRY_CEILING)
 
     def _give_up(self, flight: Flight, code: int, reason: str) -> None:
         """The first of `_unsent` is refused for good."""

@@ -37,20 +37,23 @@ class Reader:
         self.inbox = Inbox(replier, self._connection.wake, once=True)
         self.subscription = Subscription(wanted, self.inbox, manual, self._close)
         self.inbox.add(self.subscription)
-        self._over = trio.Event()
+        self._over, self._done = trio.Event(), trio.Event()
 
     async def run(self) -> None:
         """Until the subscription is closed. What the keeper or a handshake refuses, the iterator raises."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._dial)
-            await self._over.wait()
-            with trio.CancelScope(shield=True):
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._dial)
+                await self._over.wait()
                 await self._connection.aclose()
-            nursery.cancel_scope.cancel()
+                nursery.cancel_scope.cancel()
+        finally:
+            self._done.set()
 
     async def aclose(self) -> None:
-        """Close the subscription; `run` says goodbye to the keeper."""
+        """Close the subscription, and wait until `run` has said goodbye to the keeper."""
         await self.subscription.aclose()
+        await self._done.wait()
 
     async def _dial(self) -> None:
         await self._connection.run()

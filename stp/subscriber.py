@@ -172,6 +172,8 @@ class Inbox:
 
     def on_record(self, event: RecordReceived) -> None:
         """A record came. It is answered when the application has taken it."""
+        if self._once and not self.subscriptions:
+            return  # closed: what is not answered comes again to the next reader of that name
         self.stats.records += 1
         assert self._link is not None
         head = event.head

@@ -34,6 +34,8 @@ class JoinedSession:
         self.credit: dict[int, int] = {}
         self.sent: dict[int, int] = {}
         self.closed: tuple[ErrorCode, str] | None = None
+        self.dialling = dialling
+        self.patience: float | None = None
         self.ends: set[int] = set()
         self.stopped: set[int] = set()
         self.control_room = 256 * 1024
@@ -71,6 +73,9 @@ class JoinedSession:
     @property
     def live(self) -> bool:
         return self.closed is None
+
+    def expect(self, within: float | None) -> None:
+        self.patience = within
 
     def advance_credit(self, stream: int, taken: int) -> None:
         self.credit[stream] = max(taken, self.credit.get(stream, 0))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TypeVar
 
 import pytest
-from tests.client.joined import WINDOW, Pair, hello, joined, link
 
 from stp.batch import encode_batch, node_id
 from stp.control import (
@@ -39,6 +38,7 @@ from stp.link import (
 from stp.receiving import MAX_REFUSALS
 from stp.records import RefusedCode, VoidReason, encode_record, encode_void
 from stp.sources import MAX_FOREIGN
+from tests.client.joined import WINDOW, Pair, hello, joined, link
 
 TELEMETRY = 3
 OTHER = b"o" * 16
