@@ -33,7 +33,7 @@ SENSORS: Final[dict[str, Callable[[], readings.Reading]]] = {
 }
 SECONDS_LIVE: Final = 6
 SECONDS_DEAD: Final = 5
-SECONDS_AFTER: Final = 4
+SECONDS_AFTER_MOST: Final = 12
 DRAIN_TIMEOUT: Final = 20.0
 """Seconds in which everything that was sent must have arrived at the end."""
 LOOK_EVERY: Final = 0.5
@@ -41,7 +41,8 @@ CHUNK: Final = 64 * 1024
 CHUNKS_A_SECOND: Final = 20
 MAX_FILE: Final = 24 * 1024 * 1024
 """Bytes of the file that are sent at most: the demo is to end within a minute."""
-COLUMNS: Final = "{:>5}  {:<22}{:<18}{:<18}{:<17}{:>8}   {}"
+COLUMNS: Final = "{:>3}   {:<22}{:<21}{:<21}{:<15}{:>8}   {}"
+COLOURS: Final = {"up": 32, "dead": 31, "back": 32}
 
 
 class Demo:
@@ -152,17 +153,20 @@ class Demo:
 
     def head(self) -> None:
         print()
-        print(bold(COLUMNS.format("", *SENSORS, "file", "waiting", "")))
-        print(bold(COLUMNS.format("s", *("arrived at the desk",) + ("",) * 3, "at edge", "hub")))
+        print(bold(COLUMNS.format("", "arrived at the desk:", "", "", "", "waiting", "").rstrip()))
+        print(bold(COLUMNS.format("s", *SENSORS, "file", "at edge", "hub")))
 
-    async def show(self, seconds: int) -> None:
-        """A row a second."""
+    async def show(self, seconds: int, *, until: Callable[[], bool] = lambda: False) -> None:
+        """A row a second, for so long or until it is so."""
         for _ in range(seconds):
+            if until():
+                return
             began = trio.current_time()
             waiting = await self.waiting()
             self.seconds += 1
             cells = [counter.cell() for counter in self.tally.counters.values()]
-            print(COLUMNS.format(self.seconds, *cells, self.bulk.cell(), waiting, self.hub_state), flush=True)
+            state = coloured(self.hub_state, COLOURS[self.hub_state])
+            print(COLUMNS.format(self.seconds, *cells, self.bulk.cell(), waiting, state), flush=True)
             await trio.sleep_until(began + 1.0)
 
     async def waiting(self) -> str:
@@ -187,9 +191,10 @@ class Demo:
         await self.stpctl("edge", "buffer show")
         print()
         await self.fleet.start("hub", "stpd run --config hub/hub.toml")
-        self.hub_state = "up again"
+        self.hub_state = "back"
         self.head()
-        await self.show(SECONDS_AFTER)
+        await self.show(SECONDS_AFTER_MOST, until=lambda: self.bulk.complete() and not self.tally.behind())
+        await self.show(2)
         await self.question(session)
 
     async def question(self, session: Client) -> None:
@@ -208,9 +213,10 @@ class Demo:
             if self.tally.complete() and self.bulk.complete():
                 break
         await trio.sleep(LOOK_EVERY)  # a repeat would still come
+        await self.stpctl("edge", "status")
+        await self.stpctl("hub", "ledger show")
         unexplained = 0
         for node in ("edge", "hub"):
-            await self.stpctl(node, "ledger show")
             ledger = await self.fleet.ask(f"stpctl --context {node}/context.json ledger show")
             unexplained += abs(ledger["unexplained"]) if ledger else 1
         print()
@@ -270,8 +276,12 @@ def uptime() -> str:
     return f"{hours} h {rest // 60} min"
 
 
+def coloured(text: str, code: int) -> str:
+    return f"\033[{code}m{text}\033[0m" if sys.stdout.isatty() else text
+
+
 def bold(text: str) -> str:
-    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() else text
+    return coloured(text, 1)
 
 
 def causes(error: BaseException) -> list[BaseException]:

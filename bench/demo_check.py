@@ -107,6 +107,10 @@ class Tally:
     def complete(self) -> bool:
         return all(not counter.lost for counter in self.counters.values())
 
+    def behind(self) -> int:
+        """Messages on their way, beyond the one that always is."""
+        return sum(max(counter.lost - 1, 0) for counter in self.counters.values())
+
     def totals(self, bulk: Bulk) -> tuple[int, int, int]:
         """Lost, doubled, reordered, over everything."""
         every = [*self.counters.values(), bulk]
