@@ -145,9 +145,6 @@ def _store(config: Config) -> Problems:
     if store.reserve >= store.budget:
         hint = "the reserve is part of the budget; a thirtieth of it will do"
         yield Problem(path="store.reserve", message="takes up the whole budget", hint=hint)
-    if store.retention < 0:
-        hint = 'write how long messages stay when all have them, such as "24h"; "0s" for not at all'
-        yield Problem(path="store.retention", message="is below nothing", hint=hint)
 
 
 def _limits(config: Config) -> Problems:

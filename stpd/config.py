@@ -115,7 +115,7 @@ def parse(path: str | Path) -> tuple[Config | None, list[Problem]]:
         data = tomllib.loads(text)
     except BadValueError as exc:
         return None, [Problem(path="", message=str(exc), hint=exc.hint)]
-    except tomllib.TOMLDecodeError as exc:
+    except (ValueError, RecursionError) as exc:  # TOMLDecodeError; numbers too long; nested too deep
         hint = "quote text, and close every quote and bracket"
         return None, [Problem(path="", message=f"not TOML: {exc}", hint=hint)]
     base = path.absolute().parent
@@ -221,7 +221,7 @@ def read_duration(value: Any) -> float:
     if not isinstance(value, str):
         raise BadValueError(f"{shown(value)} is not a duration", DURATION_HINT)
     text = value.replace(" ", "")
-    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text)
+    parts = re.findall(r"(\d{1,12}(?:\.\d{1,9})?)(ms|s|m|h|d)", text)
     if not parts or "".join(n + u for n, u in parts) != text:
         raise BadValueError(f"{shown(value)} is not a duration", DURATION_HINT)
     return sum(float(number) * DURATION_UNITS[unit] for number, unit in parts)
@@ -231,7 +231,7 @@ def read_size(value: Any) -> int:
     """Bytes from "512MiB", "1.5GB", "100B"; a bare number only if it is 0. Raises BadValueError."""
     if value in (0, "0") and not isinstance(value, bool):
         return 0
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", value) if isinstance(value, str) else None
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([A-Za-z]+)", value) if isinstance(value, str) else None
     if match is None:
         raise BadValueError(f"{shown(value)} is not a size", SIZE_HINT)
     number, unit = match.groups()

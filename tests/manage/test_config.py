@@ -1,12 +1,17 @@
 """Promises of stpd.config, stpd.checks and stpd.problems, and the files in config/."""
 
+import json
+import math
 import re
 import tomllib
 from pathlib import Path
 
 import attrs
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from stpd import schema
 from stpd.config import ConfigError, changes, check_config, load, parse, read_duration, read_size, render
 from stpd.problems import BadValueError, Problem, shown
 from stpd.schema import BUILT_IN_CLASSES, AccessRule, ClassConfig, Config, UpstreamConfig
@@ -140,6 +145,8 @@ def test_all_errors_at_once_with_paths_and_hints(tmp_path: Path) -> None:
         ("identity = []", "identity", "identity.pem"),
         ("identity = '$CREDENTIALS_DIRECTORY/x'", "identity[0]", "LoadCredential"),
         ("role =", "", "quote"),
+        ("x = " + "[" * 5000, "", "quote"),
+        ("x = " + "9" * 5000, "", "quote"),
         ("[store]\n[store]", "", "quote"),
     ],
 )
@@ -288,6 +295,59 @@ def test_changes_say_what_a_reload_can_do(tmp_path: Path) -> None:
     new = load(write(tmp_path, "[log]\nlevel='debug'\n[store]\nbudget='2GB'\n[limits]\nsessions = 5\n"))
     assert changes(old, new) == (["log.level"], ["limits.sessions", "store.budget"])
     assert changes(old, old) == ([], [])
+
+
+SCALARS = (
+    st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=True)
+    | st.text(max_size=20)
+    | st.sampled_from(
+        [
+            "5s",
+            "9" * 400 + "GB",
+            "9" * 400 + "d",
+            "#",
+            "stp://n@h:1",
+            "127.0.0.1:1",
+            "[::1]:9",
+            "{node}",
+            "a/+/b",
+            "telemetry",
+        ]
+    )
+)
+VALUES = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.sampled_from(["a", "name"]), SCALARS)
+KEYS = sorted(
+    {f.name for cls in vars(schema).values() if attrs.has(cls) for f in attrs.fields(cls)} | {"x", "class"}
+)
+TABLES = st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=6)
+FILES = st.dictionaries(st.sampled_from(KEYS), VALUES | TABLES | st.lists(TABLES, max_size=3), max_size=8)
+
+
+def toml(value: object) -> str:
+    """A value as TOML, all in one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k} = {toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else "inf"
+    return json.dumps(value).replace("\x7f", "\\u007f")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=FILES)
+def test_whatever_stands_in_a_file_it_is_read_or_explained(tmp_path: Path, data: dict[str, object]) -> None:
+    """config (1): a configuration, or problems with hints; never anything else."""
+    path = tmp_path / "any.toml"
+    path.write_text("\n".join(f"{k} = {toml(v)}" for k, v in data.items()), "utf-8", "surrogatepass")
+    config, problems = parse(path)
+    assert config is not None or problems
+    for problem in problems:
+        assert problem.message
+        assert "Traceback" not in render("any.toml", problems)
+        assert "\n" not in str(problem)
 
 
 # The files people start from ---------------------------------------------------------------------------

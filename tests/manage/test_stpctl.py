@@ -25,6 +25,7 @@ from structlog.testing import capture_logs
 from stpctl.__main__ import run as run_stpctl
 from stpctl.commands import root
 from stpctl.errors import CONFIG, FAILED, REFUSED, UNREACHABLE, USAGE
+from stpd.events import MAX_WATCHERS
 from tests.identity_kit import shared
 from tests.manage.daemon_double import (
     NODE,
@@ -276,6 +277,64 @@ async def test_an_operators_machine_without_a_clock(
         assert (await stpctl(capsys, "status")).status == 0
 
 
+# Events ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output", ["table", "json"])
+async def test_so_many_events_and_no_more(
+    home: Path, capsys: pytest.CaptureFixture[str], output: str
+) -> None:
+    double = Double()
+    got: list[Outcome] = []
+
+    async def watch() -> None:
+        got.append(await stpctl(capsys, "events", "-n", "2", "-o", output))
+
+    async with serving(double) as (_, port), trio.open_nursery() as nursery:
+        write_context(home, port)
+        nursery.start_soon(watch)
+        with trio.fail_after(10):
+            while not double.bus.statistics().watchers:
+                await trio.sleep(0.001)
+        for n in range(3):
+            double.bus.publish("session.open", f"number {n}\x1b[2J")
+    assert (got[0].status, got[0].err) == (0, "")
+    lines = got[0].out.splitlines()
+    assert ["number 0" in lines[0], "number 1" in lines[1], len(lines)] == [True, True, 2]
+    assert "\x1b" not in got[0].out
+    if output == "json":
+        assert json.loads(lines[0])["kind"] == "session.open"
+
+
+async def test_a_stream_that_ends_is_told(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    double = Double()
+    got: list[Outcome] = []
+
+    async def watch() -> None:
+        got.append(await stpctl(capsys, "events"))
+
+    async with trio.open_nursery() as nursery, serving(double) as (_, port):
+        write_context(home, port)
+        nursery.start_soon(watch)
+        with trio.fail_after(10):
+            while not double.bus.statistics().watchers:
+                await trio.sleep(0.001)
+    assert got[0].status == UNREACHABLE
+    assert one_line_each(got[0].err)
+
+
+async def test_too_many_watchers_is_no_reason_to_try_for_ever(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    double = Double()
+    watchers = [double.events() for _ in range(MAX_WATCHERS)]
+    async with serving(double) as (_, port):
+        write_context(home, port)
+        outcome = await stpctl(capsys, "events", "-f")
+    assert (outcome.status, len(watchers)) == (FAILED, MAX_WATCHERS)
+    assert one_line_each(outcome.err)
+
+
 # Contexts ----------------------------------------------------------------------------------------------
 
 
@@ -329,6 +388,24 @@ async def test_contexts_that_cannot_be_used(
     assert (outcome.status, outcome.out) == (CONFIG, "")
     assert one_line_each(outcome.err)
     assert word in outcome.err
+
+
+async def test_a_home_that_cannot_be_written(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_context(home, 1)
+    (home / "stpctl" / "current").mkdir()
+    outcome = await stpctl(capsys, "context", "use", NODE)
+    assert outcome.status == CONFIG
+    assert one_line_each(outcome.err)
+
+
+async def test_a_broken_context_does_not_hide_the_others(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_context(home, 1, name="a").with_name("b.json").write_text("{")
+    listed = await stpctl(capsys, "context", "list")
+    assert listed.status == 0
+    assert re.search(r"^ +a ", listed.out, re.M)
+    assert "not JSON" in listed.out
 
 
 @pytest.mark.parametrize("name", ["..", ".hidden", "a b", ""])
