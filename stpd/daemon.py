@@ -40,6 +40,7 @@ from stpd.checks import split_address
 from stpd.config import Config, ConfigError, UpstreamConfig, changes, load
 from stpd.events import EventBus
 from stpd.keys import JoinTokens, NodeRegistry
+from stpd.limits import PeerLimit
 from stpd.managed import Managed
 from stpd.notify import Notifier
 from stpd.pki import CertificateAuthority
@@ -227,6 +228,7 @@ class Daemon:
             wall_ms=self.wall_ms,
             max_subscriptions=self.config.limits.subscriptions_per_session,
             ttl_of=lambda lane, prefix: self.classes.of(lane, prefix).ttl,
+            limit_of=self._limit_of,
         )
         nursery.start_soon(self.store.watch)
         await self._bind(nursery)
@@ -355,6 +357,12 @@ class Daemon:
         if source in (self.store.store_id, self._memory_source):
             return self.identity.node
         return self.store.node_of_source(source)
+
+    def _limit_of(self, node: str) -> PeerLimit | None:
+        """What one peer may send. A gateway speaks for all its devices: its limit is its store's."""
+        limits = self.config.limits
+        limit = PeerLimit(limits.peer_messages_per_second, limits.peer_bytes_per_second)
+        return limit if limit and self.role_of(node) != "gateway" else None
 
     def _authorise(self, peer: PeerIdentity) -> str | None:
         """May this certificate's owner have a session? None, or the reason why not."""

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Final
 
-from attrs import define, evolve
+from attrs import define, evolve, field
 
 from stp.core.errors import MessageError
 from stp.link import Link, RecordReceived, RecordRejected
 from stp.records import VOID, RecordHead, RefusedCode, regroup
 from stpd.access import Grant
 from stpd.hops import Feed
+from stpd.limits import PeerLimit
 from stpd.router import LANES, Classes, MessageClass
 from stpd.store.base import Append, Outcome, OutcomeKind, Store, Stored
 
@@ -41,6 +42,9 @@ class Door:
     grant: Grant | None
     """None for an upstream: it was chosen by configuration, its records are not judged by access rules."""
     upstream: bool = False
+    limit: PeerLimit | None = None
+    waiting: deque[RecordReceived] = field(factory=deque)
+    """Records beyond the peer's rate: taken later, in order."""
     messages_in: int = 0
     records_in: int = 0
     refused: int = 0
@@ -106,8 +110,32 @@ class Relay:
 
     # -- doors
 
-    def accept(self, door: Door, event: RecordReceived) -> None:
-        """Take one record from a link, which has checked it. It is answered now or after its commit (1)."""
+    def accept(self, door: Door, event: RecordReceived, now: float = 0.0) -> float:
+        """Take one record from a link, which has checked it. It is answered now or after its commit (1).
+
+        Where the peer is faster than its limit the record waits: call `resume` after the seconds returned, if any.
+        """
+        if door.limit is None:
+            self._accept(door, event)
+            return 0.0
+        door.waiting.append(event)
+        return self.resume(door, now) if len(door.waiting) == 1 else 0.0
+
+    def resume(self, door: Door, now: float) -> float:
+        """Take what the peer's limit allows by now; seconds until more may be taken, 0.0 when nothing waits."""
+        limit = door.limit
+        assert limit is not None
+        while door.waiting:
+            wait = limit.wait(now)
+            if wait > 0:
+                limit.delayed += 1
+                return wait
+            event = door.waiting.popleft()
+            limit.take(event.head.messages, len(event.record))
+            self._accept(door, event)
+        return 0.0
+
+    def _accept(self, door: Door, event: RecordReceived) -> None:
         if not door.link.admit(event):
             door.refused += 1
             self._count_refused(door, event.lane, event.head, event.head.messages)

@@ -42,6 +42,7 @@ from stp.topics import FilterSet, TopicError, check_filter
 from stpd.access import Access
 from stpd.events import EventBus
 from stpd.hops import PUMP_BYTES, Feed
+from stpd.limits import PeerLimit
 from stpd.relay import Door, Relay
 from stpd.router import LANES
 from stpd.store.base import Hop, Store, StoreError
@@ -149,6 +150,7 @@ class Sessions:
         now: Callable[[], float] = trio.current_time,
         max_subscriptions: int,
         ttl_of: Callable[[int, str], float],
+        limit_of: Callable[[str], PeerLimit | None] = lambda node: None,
     ) -> None:
         """*spawn(function, *args)* runs an async function beside the rest, *later(seconds, function)* calls one
         once; the daemon gives its nursery, a simulation its own.
@@ -173,6 +175,7 @@ class Sessions:
         self._wall_ms = wall_ms
         self._max_subscriptions = max_subscriptions
         self._ttl_of = ttl_of
+        self._limit_of = limit_of
 
     # -- from the carriers
 
@@ -223,7 +226,9 @@ class Sessions:
             match event:
                 case RecordReceived():
                     if peer.door is not None:
-                        self._relay.accept(peer.door, event)
+                        wait = self._relay.accept(peer.door, event, self._now())
+                        if wait:
+                            self._later(wait, partial(self._resume, peer.door))
                 case ReceiptReceived(lane=lane, custody=custody):
                     for feed in peer.feeds.values():
                         feed.on_receipt(lane, custody)
@@ -265,7 +270,9 @@ class Sessions:
     def _on_hello(self, peer: Peer, hello: Hello) -> None:
         self._replace_older(peer, hello)
         grant = None if peer.upstream is not None else self._access().grant(hello.node)
-        peer.door = Door(peer.link, hello.node, grant, upstream=peer.upstream is not None)
+        upstream = peer.upstream is not None
+        limit = None if upstream else self._limit_of(hello.node)
+        peer.door = Door(peer.link, hello.node, grant, upstream, limit)
         self.stats.opened += 1
         log.info(
             "session_open",
@@ -525,6 +532,16 @@ class Sessions:
 
     def _retry(self, feed: Feed, lane: int) -> None:
         feed.pump(lane)
+        self._relay.flush()
+
+    def _resume(self, door: Door) -> None:
+        """A peer beyond its limit: take what waited long enough."""
+        if door.link.closed is not None:
+            door.waiting.clear()
+            return
+        wait = self._relay.resume(door, self._now())
+        if wait:
+            self._later(wait, partial(self._resume, door))
         self._relay.flush()
 
     # -- for the daemon

@@ -9,6 +9,7 @@ import trio
 import trio.testing
 
 from stp.core.errors import ErrorCode
+from stpd.limits import PeerLimit
 from stpd.schema import BUILT_IN_CLASSES, AccessRule, ClassConfig
 from tests.daemon.world import World
 
@@ -28,6 +29,9 @@ async def test_two_hops_deliver_once_and_in_order(
         await world.run(lambda: len(reader.messages) == 120, limit=60)
         await world.run(lambda: not any(sensor.unacked for sensor in sensors), limit=10)
         await world.run_for(1.0)
+        assert edge.store.statistics().reads == hub.store.statistics().reads == 0, (
+            "level readers are fed from memory"
+        )
         world.check()
 
 
@@ -219,4 +223,20 @@ async def test_fault_64_a_full_store_refuses_and_keeps_the_order(
         await world.run(lambda: len(reader.messages) == 120, limit=120)
         await world.run(lambda: edge.store.behind("uplink", 3).messages == 0, limit=20)
         assert not hub.store.full
+        world.check()
+
+
+async def test_a_peer_beyond_its_limit_is_held_back_and_loses_nothing(
+    tmp_path: Path, mock_clock: trio.testing.MockClock
+) -> None:
+    """Limits (1): 10 messages a second, however fast they are published."""
+    async with World(tmp_path, seed=8) as world:
+        hub = await world.hub(limit=PeerLimit(10, 0))
+        reader = world.reader("reader-1", hub, ["#"])
+        sensor = world.publisher("sensor-1", hub)
+        await world.run(lambda: reader.subscribed, limit=5)
+        sensor.publish(50)
+        await world.run_for(2.0)
+        assert 20 <= len(reader.messages) <= 32
+        await world.run(lambda: len(reader.messages) == 50, limit=6)
         world.check()

@@ -41,6 +41,7 @@ from stp.link import (
 from stp.records import RefusedCode, batches_of, encode_record, encode_void
 from stpd.access import Access
 from stpd.events import EventBus
+from stpd.limits import PeerLimit
 from stpd.relay import Relay
 from stpd.router import Classes
 from stpd.schema import BUILT_IN_CLASSES, AccessRule, ClassConfig
@@ -162,7 +163,9 @@ class Keeper:
         budget: int = 64 << 20,
         cache: int = 8 << 20,
         retention: float = 0.0,
+        limit: PeerLimit | None = None,
     ) -> None:
+        self.limit = limit
         self.world, self.name, self.kind, self.upstream = world, name, kind, upstream
         self.options = {"budget_bytes": budget, "cache_bytes": cache, "retention_s": retention}
         self.access, self.classes, self.subscribe = Access(access), Classes(classes), subscribe
@@ -203,6 +206,7 @@ class Keeper:
             now=lambda: net.now,
             max_subscriptions=16,
             ttl_of=lambda lane, prefix: self.classes.of(lane, prefix).ttl,
+            limit_of=lambda node: self.limit,
         )
         self.host.on_ready = self.sessions.on_ready
         if self.upstream is not None:
