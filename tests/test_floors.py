@@ -54,7 +54,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stpd.config stpd.api stpd.probes stpd.metrics",
     # -- stpd: who may, how much, to whom
     "stpd.router",
-    "stpd.access",
+    "stpd.access stpd.limits",
     # -- stpd: certificates and tokens
     "stpd.pki",
     "stpd.keys stpd.setup",
