@@ -296,7 +296,7 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="stay up afterwards, until Ctrl-C")
     keep = parser.parse_args().keep
     logging.getLogger("stp.client").setLevel(logging.CRITICAL)  # that the hub is gone is no news here
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # trio knows what to do then
     home = Path(tempfile.mkdtemp(prefix="stpd-demo-"))
     print(f"A fleet in {home}, gone when this ends.\n")
     try:
