@@ -286,3 +286,46 @@ def test_what_the_kernel_granted_is_told() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         udp._prepare(sock, counts)
     assert 0 < counts.receive_buffer <= udp.RECEIVE_BUFFER
+
+
+async def test_a_name_that_does_not_resolve_is_named() -> None:
+    a = await bind(Recorder())
+    with pytest.raises(OSError, match=r"cannot resolve no\.such\.host\.invalid"):
+        await a.resolve("no.such.host.invalid", 9000)
+    assert await a.resolve("127.0.0.1", 9000) == ("127.0.0.1", 9000)
+    await a.aclose()
+    await a.aclose()
+
+
+async def test_a_slow_name_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(*_args: Any, **_options: Any) -> Any:
+        await trio.sleep_forever()
+
+    a = await bind(Recorder())
+    monkeypatch.setattr(udp, "RESOLVE_TIMEOUT", 0.01)
+    monkeypatch.setattr(trio.socket, "getaddrinfo", never)
+    with pytest.raises(OSError, match="no answer in"):
+        await a.resolve("slow.example", 9000)
+    a.close()
+
+
+async def test_a_burst_of_bulk_does_not_starve_the_timers(nursery: trio.Nursery) -> None:
+    """Promise (1): reception pauses after DRAIN_BYTES, and goes on at once."""
+    far = Recorder()
+    b = await bind(far)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for _ in range(300):
+            sock.sendto(bytes(1400), b.local_address)
+    turns = 0
+    turn = b._turn
+
+    def counted(now: float) -> None:
+        nonlocal turns
+        turns += 1
+        turn(now)
+
+    b._turn = counted  # type: ignore[method-assign]
+    await nursery.start(b.run)
+    await far.wait(300)
+    assert turns >= 300 // udp.DRAIN_BUFFERS
+    b.close()

@@ -14,7 +14,7 @@ from stp.core.ranges import RangeSet
 MAX_CRYPTO: Final = 16 * 1024
 """Bytes of one side's stream."""
 MAX_GAPS: Final = 64
-"""Ranges beyond the first gap; an honest peer needs a handful."""
+"""Ranges beyond the first; an honest peer needs a handful."""
 
 
 class CryptoReceiver:

@@ -194,6 +194,7 @@ class Handshake:
         self._peer_hello_raw: bytes | None = None
         self._out: list[bytes] = []
         self._shaken = False
+        self._tickets = b""
         self.peer_hello: TransportHello | None = None
         self.peer: PeerIdentity | None = None
         self.result: HandshakeResult | None = None
@@ -275,7 +276,7 @@ class Handshake:
             self._out.append(flight)
             self._read_verdict()
         else:
-            self._bio()  # session tickets, if any: never sent
+            self._tickets = self._bio()  # never sent, but before an alert
             try:
                 self._finish(judge)
             finally:
@@ -294,7 +295,10 @@ class Handshake:
             return ""
 
     def _read_verdict(self) -> None:
-        """After the handshake TLS can only tell us of an alert: the listener's refusal."""
+        """After the handshake TLS can only tell us of an alert: the listener's refusal.
+
+        A record that TLS does not accept is a forger's: the keys stand, and DATA will show who was right.
+        """
         try:
             self._tls.recv(1)
         except SSL.WantReadError:
@@ -302,7 +306,9 @@ class Handshake:
         except SSL.ZeroReturnError:
             raise HandshakeRefused("refused by the peer") from None
         except SSL.Error as exc:
-            raise HandshakeRefused(explain(exc)) from exc
+            if self._tls.get_shutdown() & SSL.RECEIVED_SHUTDOWN:
+                raise HandshakeRefused(explain(exc)) from exc
+            return
         raise ProtocolError("application data inside the handshake")
 
     def _finish(self, judge: Judge) -> None:
@@ -312,10 +318,13 @@ class Handshake:
         if leaf is None or chain is None:
             raise HandshakeRefused("peer shows no certificate")
         try:
-            domain, node = _identity(leaf)
+            domain, node = _identity(fully_parsed(leaf))
         except HandshakeRefused:
             self._say_goodbye()
             raise
+        except UNREADABLE:
+            self._say_goodbye()
+            raise HandshakeRefused("certificate cannot be read") from None
         leaf_der = leaf.public_bytes(Encoding.DER)
         self.peer = PeerIdentity(
             domain=domain,
@@ -335,6 +344,7 @@ class Handshake:
         """A close_notify under TLS keys: the refusal that a dialling peer can trust. A dialler sends none."""
         if self._dialling:
             return
+        self._out.append(self._tickets)  # TLS numbers its records: without these the alert would not open
         try:
             self._tls.shutdown()
         except SSL.Error:  # pragma: no cover - the alert is a courtesy
