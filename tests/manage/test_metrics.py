@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -137,3 +138,36 @@ def test_promtool_finds_nothing_to_complain_of() -> None:
     data = render(snapshot())
     run = subprocess.run([promtool, "check", "metrics"], input=data, capture_output=True, check=False)
     assert (run.returncode, run.stdout + run.stderr) == (0, b"")
+
+
+# Alerts ------------------------------------------------------------------------------------------------
+
+ALERTS = Path(__file__).parents[2] / "config" / "alerts.yml"
+
+
+def test_alerts_ask_for_metrics_that_exist() -> None:
+    """A renamed metric would leave an alert that never fires."""
+    text = render(snapshot()).decode()
+    expressions = re.findall(r"expr: ((?:.|\n)+?)\n +(?:for|labels)", ALERTS.read_text())
+    asked = set(re.findall(r"stpd_\w+", " ".join(expressions)))
+    assert len(asked) > 10
+    for name in asked:
+        assert re.search(rf"^{name}[ {{]", text, re.M), name
+
+
+def test_alerts_fire_on_incidents_and_not_on_good_days(tmp_path: Path) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian: prometheus)")
+    shutil.copy(ALERTS, tmp_path)
+    shutil.copy(Path(__file__).with_name("alerts_test.yml"), tmp_path)
+    checked = subprocess.run(
+        [promtool, "check", "rules", ALERTS], capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stderr + checked.stdout
+    names = set(re.findall(r"alert: (\w+)", ALERTS.read_text()))
+    assert names == set(re.findall(r'alertname="(\w+)"', (tmp_path / "alerts_test.yml").read_text()))
+    tested = subprocess.run(
+        [promtool, "test", "rules", tmp_path / "alerts_test.yml"], capture_output=True, text=True, check=False
+    )
+    assert tested.returncode == 0, tested.stderr + tested.stdout
