@@ -12,6 +12,7 @@ encrypted; but for DTLS, which promises no delivery, all bytes arrive.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import ssl
@@ -66,13 +67,13 @@ def say_port(port: int) -> None:
 
 
 def stp_endpoint(directory: Path, name: str, *, accept: bool, unlimited: bool = False) -> Endpoint:
-    """`unlimited`: any number of handshakes from one address."""
+    """`unlimited`: any number of handshakes of one address, and one TLS context for all of them."""
     lifted = dict.fromkeys(LIMITS, 1_000_000) if unlimited else {}
     identity = Identity.load(directory / f"{name}.pem")
     contexts = ContextCache(identity, TimeFloor())
     return Endpoint(
         EndpointConfig(
-            tls=contexts.tls,
+            tls=functools.cache(contexts.tls) if unlimited else contexts.tls,
             leaf_der=identity.leaf_der,
             network_keys=identity.network_keys,
             accept=accept,

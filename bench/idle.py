@@ -58,12 +58,17 @@ async def serve(directory: Path) -> None:
         asked = trio.lowlevel.FdStream(os.dup(0))
         async for _ in asked:
             gc.collect()
-            print(json.dumps({"bytes": resident_bytes(), "sessions": len(endpoint.sessions)}), flush=True)
+            found = {
+                "bytes": resident_bytes(),
+                "sessions": len(endpoint.sessions),
+                "cpu_s": time.process_time(),
+            }
+            print(json.dumps(found), flush=True)
         carrier.close()
 
 
 async def dial(directory: Path, port: int, count: int, server: subprocess.Popen[str]) -> dict[str, float]:
-    endpoint = stp_endpoint(directory, "client", accept=False)
+    endpoint = stp_endpoint(directory, "client", accept=False, unlimited=True)
     waiting = connected = 0
     changed = trio.Event()
 
@@ -88,30 +93,34 @@ async def dial(directory: Path, port: int, count: int, server: subprocess.Popen[
             changed = trio.Event()
             await changed.wait()
 
-    async def ask() -> tuple[int, int]:
+    async def ask() -> dict[str, float]:
         await trio.sleep(SETTLE)
         assert server.stdin is not None
         assert server.stdout is not None
         server.stdin.write("?\n")
         server.stdin.flush()
-        found = json.loads(await trio.to_thread.run_sync(server.stdout.readline))
-        return found["bytes"], found["sessions"]
+        found: dict[str, float] = json.loads(await trio.to_thread.run_sync(server.stdout.readline))
+        return found
 
     carrier = await UdpCarrier.bind(endpoint, HOST, on_ready=on_ready)
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as nursery:
             await nursery.start(carrier.run)
             await reach(WARM)
-            before, held_before = await ask()
-            started = time.perf_counter()
+            before = await ask()
+            started, own_cpu = time.perf_counter(), time.process_time()
             await reach(WARM + count)
             took = time.perf_counter() - started
-            after, held = await ask()
+            own_cpu = time.process_time() - own_cpu
+            after = await ask()
             carrier.close()
+    held = after["sessions"] - before["sessions"]
     return {
-        "sessions": held - held_before,
-        "kib_per_session": round((after - before) / 1024 / (held - held_before), 2),
+        "sessions": held,
+        "kib_per_session": round((after["bytes"] - before["bytes"]) / 1024 / held, 2),
         "connect_s": round(took, 2),
+        "listener_cpu_ms_per_handshake": round((after["cpu_s"] - before["cpu_s"]) / held * 1000, 2),
+        "dialler_cpu_ms_per_handshake": round(own_cpu / held * 1000, 2),
     }
 
 
