@@ -30,16 +30,18 @@ _MASK: Final = (1 << PN_WINDOW) - 1
 class AckTracker:
     """Received packet numbers of one session."""
 
-    __slots__ = ("_deadline", "_eliciting", "_largest_at", "_ranges", "_seen", "_urgent", "next")
+    __slots__ = ("_largest_at", "_ranges", "_seen", "_urgent", "deadline", "next", "owing")
 
     def __init__(self) -> None:
         self.next = 0
         """One above the highest number received."""
         self._seen = 0  # bit i: number next - 1 - i
         self._ranges = RangeSet(max_ranges=MAX_RANGES)
-        self._eliciting = 0
+        self.owing = 0
+        """Ack-eliciting packets that no ACK of ours covers: a packet that leaves anyway should carry one."""
+        self.deadline: float | None = None
+        """When an ACK must leave at the latest."""
         self._urgent = False
-        self._deadline: float | None = None
         self._largest_at = 0.0
 
     def fresh(self, pn: int) -> bool:
@@ -70,34 +72,26 @@ class AckTracker:
         """`count` of the packets that came since the last call ask for an ACK."""
         if not count:
             return
-        self._eliciting += count
+        self.owing += count
         if at_once:
             self._urgent = True
-        if self._deadline is None:
-            self._deadline = now + MAX_ACK_DELAY
-
-    @property
-    def owing(self) -> bool:
-        """Whether a packet that leaves anyway should carry an ACK."""
-        return self._eliciting > 0
+        if self.deadline is None:
+            self.deadline = now + MAX_ACK_DELAY
 
     def due(self, now: float) -> bool:
         """Whether an ACK must leave now, if need be alone (2)."""
-        if not self._eliciting:
+        if not self.owing:
             return False
-        return self._urgent or self._eliciting >= ACK_EVERY or (self._deadline or 0.0) <= now
-
-    def next_timeout(self) -> float | None:
-        return self._deadline
+        return self._urgent or self.owing >= ACK_EVERY or (self.deadline or 0.0) <= now
 
     def wants_pruning(self) -> bool:
         return len(self._ranges) > PRUNE_RANGES
 
     def frame(self, now: float) -> bytes:
         """An ACK of everything still remembered, at least one packet; what was owed is settled."""
-        self._eliciting = 0
+        self.owing = 0
         self._urgent = False
-        self._deadline = None
+        self.deadline = None
         delay_us = int((now - self._largest_at) * 1e6)
         return encode_ack(max(delay_us, 0), self._ranges.pairs()[::-1])
 

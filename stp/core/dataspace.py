@@ -10,6 +10,7 @@ Above the packetizer, below the session; `initspace.py` is its counterpart durin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from struct import error as struct_error
 from typing import Any, Final, Protocol
 
 from attrs import define
@@ -17,7 +18,7 @@ from attrs import define
 from stp.core import frames
 from stp.core.acks import AckTracker
 from stp.core.congestion import NewReno, Pacer, burst_packets, pacing_rate
-from stp.core.errors import ErrorCode, LocalCause, ProtocolError
+from stp.core.errors import ErrorCode, FrameEncodingError, LocalCause, ProtocolError
 from stp.core.events import Event, StreamOpened, StreamReset, StreamStopped, StreamWritable
 from stp.core.frames import STREAM_HEAD, STREAM_HEAD_SIZE, STREAM_LENGTH_HEAD, STREAM_LENGTH_HEAD_SIZE
 from stp.core.keys import SessionKeys
@@ -32,6 +33,9 @@ BURSTS_PER_TURN: Final = 4
 """Bursts that one session sends before others, and what has arrived meanwhile, get their turn."""
 MAX_PATH_ANSWERS: Final = 8
 """PATH_CHALLENGEs that wait for their answer; older ones are forgotten."""
+
+MAX_FRAME: Final = 300
+"""Bytes: every frame of ours but STREAM fits. A packet that was left with more room holds all there was to say."""
 
 _PING: Final = b"\x01"
 
@@ -192,8 +196,7 @@ class DataSpace:
             elif kind == frames.PADDING:
                 break  # the rest of the packet
             elif frames.STREAM <= kind <= frames.STREAM_LENGTH_FIN:
-                frame, pos = frames.decode_one(plain, pos)
-                self._on_stream(frame)
+                pos = self._on_stream(plain, pos, kind)
                 eliciting = True
             else:
                 frame, pos = frames.decode_one(plain, pos)
@@ -215,20 +218,39 @@ class DataSpace:
                     sender.full = False
                     self._inbox.on_event(StreamWritable(sender.id))
 
-    def _on_stream(self, frame: frames.Frame) -> None:
-        assert isinstance(frame, frames.Stream)
-        number = frame.stream
-        if frame.fin and not number:
+    def _on_stream(self, plain: bytes, pos: int, kind: int) -> int:
+        """The STREAM frame at `pos`, without an object: there is one in every small packet. Its end."""
+        number: int
+        offset: int
+        length: int
+        try:
+            if kind >= frames.STREAM_LENGTH:
+                _, number, offset, length = STREAM_LENGTH_HEAD.unpack_from(plain, pos)
+                pos += STREAM_LENGTH_HEAD_SIZE
+            else:
+                _, number, offset = STREAM_HEAD.unpack_from(plain, pos)
+                pos += STREAM_HEAD_SIZE
+                length = len(plain) - pos
+        except struct_error:
+            raise FrameEncodingError("STREAM cut short") from None
+        end = pos + length
+        if end > len(plain):
+            raise FrameEncodingError("STREAM longer than its packet")
+        fin = kind & frames.FIN_BIT == 1
+        if fin and not number:
             raise ProtocolError("FIN of the control stream")
-        stream, opened = self.streams.receiver(number)
-        self._announce(opened)
+        stream = self.streams.recv.get(number)
         if stream is None:
-            return
-        grown = stream.insert(frame.offset, frame.data, frame.fin)
+            stream, opened = self.streams.receiver(number)
+            self._announce(opened)
+            if stream is None:
+                return end
+        grown = stream.insert(offset, plain[pos:end], fin)
         if grown and number:
             self.streams.on_bytes(grown)
         if stream.chunks or stream.complete:
             self._inbox.on_readable(number)
+        return end
 
     def _announce(self, opened: Iterable[int]) -> None:
         for number in opened:
@@ -299,16 +321,18 @@ class DataSpace:
     def _send_next(self, now: float, out: list[Transmit]) -> bool:
         """One burst or one packet of mixed frames; False when there is nothing more to send now."""
         recovery, path = self.recovery, self.path
-        run = self.sealer.run()
-        if self._seal_limit is not None and self.sealer.next >= self._seal_limit:
-            raise ProtocolError("the key has sealed its fill", ErrorCode.AEAD_LIMIT)
-        room = recovery.congestion.cwnd - recovery.in_flight
         if recovery.probes:
-            return self._send_mixed(now, out, streams=True)
+            self.sealer.run()
+            self._send_mixed(now, out, streams=True)
+            return True
         sender = self.streams.pick()
         control = self._has_control()
+        due = self.acks.owing and self.acks.due(now)
+        room = recovery.congestion.cwnd - recovery.in_flight
         if sender is None:
             recovery.app_limited = room > 0
+            if not due and not control:
+                return False
         elif room < path.datagram:
             recovery.app_limited = False
             sender = None
@@ -316,7 +340,9 @@ class DataSpace:
             recovery.app_limited = False
             self._wake_at = self.pacer.next_at
             sender = None
-        due = self.acks.due(now)
+        run = self.sealer.run()
+        if self._seal_limit is not None and self.sealer.next >= self._seal_limit:
+            raise ProtocolError("the key has sealed its fill", ErrorCode.AEAD_LIMIT)
         if sender is not None and not control and not due:
             offset, available = sender.due(self.streams.session_room)
             if available >= path.datagram - BULK_OVERHEAD:
@@ -366,16 +392,11 @@ class DataSpace:
         self._emit(sealed, size, out)
 
     def _has_control(self) -> bool:
-        return bool(
-            self._to_say
-            or self._answers
-            or self.streams.pending
-            or self.local_cids.pending
-            or self.remote_cids.pending
-        )
+        cids = self.local_cids.pending or self.remote_cids.pending
+        return bool(self.streams.pending or self._to_say or self._answers or cids)
 
     def _send_mixed(self, now: float, out: list[Transmit], *, streams: bool) -> bool:
-        """One packet of whatever is to be said, filled up with stream bytes."""
+        """One packet of whatever is to be said, filled up with stream bytes. Whether there may be more."""
         packet = PacketBuilder(self.path.datagram - DATA_OVERHEAD)
         acking = self.acks.owing
         if acking:
@@ -404,9 +425,11 @@ class DataSpace:
             self.recovery.probes = max(0, self.recovery.probes - 1)
             self.pacer.on_sent(len(sealed), self._rate(), now)
         self._emit(sealed, 0, out)
-        return eliciting
+        return packet.room <= MAX_FRAME or probing
 
     def _write_control(self, packet: PacketBuilder) -> None:
+        if not self._has_control():
+            return
         for frame in list(self._to_say):
             if not packet.add(frame, self, frame):
                 return
@@ -474,12 +497,15 @@ class DataSpace:
         due = recovery.next_timeout()
         if due is None:
             due = self.liveness.next_ping()
-        elif recovery.waiting_since is not None:
+        elif (
+            recovery.pto_count and recovery.waiting_since is not None
+        ):  # before the first probe nobody is dead
             due = min(due, self.liveness.dead_at(recovery.waiting_since, recovery.rtt.pto(), dead_time))
-        for other in (self.acks.next_timeout(), self._wake_at):
-            if other is not None and other < due:
-                due = other
-        return due
+        other = self.acks.deadline
+        if other is not None and other < due:
+            due = other
+        other = self._wake_at
+        return due if other is None or due < other else other
 
     def handle_timeout(self, now: float, dead_time: float) -> LocalCause | None:
         """Why the session is over, if it is. Sending is the caller's next step anyhow."""

@@ -51,14 +51,14 @@ class Path:
 class LocalCids:
     """CIDs that we issued: the peer puts them on its packets. Owns NEW_CID."""
 
-    __slots__ = ("_pending", "_source", "_tokens", "_unacked", "active", "next_seq")
+    __slots__ = ("_source", "_tokens", "_unacked", "active", "next_seq", "pending")
 
     def __init__(self, first: bytes, source: CidSource) -> None:
         self.active: dict[int, bytes] = {0: first}
         self.next_seq = 1
         self._source = source
         self._tokens: dict[int, bytes] = {}
-        self._pending: list[int] = []
+        self.pending: list[int] = []
 
     def issue(self, count: int) -> list[bytes]:
         """Make up to `count` more (1); they are announced with the next packets."""
@@ -66,7 +66,7 @@ class LocalCids:
         for _ in range(min(count, ACTIVE_CIDS - len(self.active))):
             cid, self._tokens[self.next_seq] = self._source()
             self.active[self.next_seq] = cid
-            self._pending.append(self.next_seq)
+            self.pending.append(self.next_seq)
             self.next_seq += 1
             made.append(cid)
         return made
@@ -83,36 +83,32 @@ class LocalCids:
         self._tokens.pop(seq, None)
         return self.active.pop(seq, None)
 
-    @property
-    def pending(self) -> bool:
-        return bool(self._pending)
-
     def next_frame(self) -> tuple[bytes, int] | None:
         """The next NEW_CID to write and its token for `on_sent`, `on_acked` and `on_lost`."""
-        while self._pending:
-            seq = self._pending[0]
+        while self.pending:
+            seq = self.pending[0]
             cid, reset = self.active.get(seq), self._tokens.get(seq)
             if cid is not None and reset is not None:
                 return NewCid(seq, 0, cid, reset).encode(), seq
-            self._pending.pop(0)  # retired or acknowledged meanwhile
+            self.pending.pop(0)  # retired or acknowledged meanwhile
         return None
 
     def on_sent(self) -> None:
-        self._pending.pop(0)
+        self.pending.pop(0)
 
     def on_acked(self, token: object) -> None:
         if isinstance(token, int):
             self._tokens.pop(token, None)
 
     def on_lost(self, token: object) -> None:
-        if isinstance(token, int) and token in self._tokens and token not in self._pending:
-            self._pending.append(token)
+        if isinstance(token, int) and token in self._tokens and token not in self.pending:
+            self.pending.append(token)
 
 
 class RemoteCids:
     """CIDs that the peer issued: we put them on our packets. Owns RETIRE_CID."""
 
-    __slots__ = ("_pending", "_retire_prior_to", "_retiring", "current", "spare", "tokens")
+    __slots__ = ("_retire_prior_to", "_retiring", "current", "pending", "spare", "tokens")
 
     def __init__(self, first: bytes) -> None:
         self.current: tuple[int, bytes] = (0, first)
@@ -121,7 +117,7 @@ class RemoteCids:
         """Reset tokens of what is not retired."""
         self._retire_prior_to = 0
         self._retiring: set[int] = set()
-        self._pending: list[int] = []
+        self.pending: list[int] = []
 
     def on_new_cid(self, frame: NewCid) -> bool:
         """NEW_CID came. Whether `current` changed because the peer retired it.
@@ -154,29 +150,25 @@ class RemoteCids:
     def _retire(self, seq: int) -> None:
         self.tokens.pop(seq, None)
         self._retiring.add(seq)
-        self._pending.append(seq)
+        self.pending.append(seq)
         if len(self._retiring) > MAX_RETIRING:
             raise LimitError(f"more than {MAX_RETIRING} CIDs to retire")
 
-    @property
-    def pending(self) -> bool:
-        return bool(self._pending)
-
     def next_frame(self) -> tuple[bytes, int] | None:
-        if not self._pending:
+        if not self.pending:
             return None
-        return RetireCid(self._pending[0]).encode(), self._pending[0]
+        return RetireCid(self.pending[0]).encode(), self.pending[0]
 
     def on_sent(self) -> None:
-        self._pending.pop(0)
+        self.pending.pop(0)
 
     def on_acked(self, token: object) -> None:
         if isinstance(token, int):
             self._retiring.discard(token)
 
     def on_lost(self, token: object) -> None:
-        if isinstance(token, int) and token in self._retiring and token not in self._pending:
-            self._pending.append(token)
+        if isinstance(token, int) and token in self._retiring and token not in self.pending:
+            self.pending.append(token)
 
 
 class Liveness:

@@ -235,19 +235,21 @@ class Recovery:
         self.largest_acked = max(self.largest_acked, largest)
         acked_before = self._acked_until
         at = len(ranges) - 1
-        acked = 0
+        looked = acked = holes = 0
         newest: Sent | None = None
         first_acked_at = float("inf")
         arrived: list[tuple[int, float]] = []
         for sent in self.sent:
             if sent.first > largest:
                 break
+            looked += 1
             while ranges[at][1] <= sent.first:
                 at -= 1
             bits = sent.left & _covered(sent, ranges, at)
+            sent.left ^= bits
+            holes += sent.left != 0
             if not bits:
                 continue
-            sent.left ^= bits
             size = sent.tell(bits, acked=True)
             acked += size
             arrived.append((size, sent.time))
@@ -262,7 +264,11 @@ class Recovery:
         self.in_flight -= acked
         self.pto_count = 0
         self.probes = 0
-        self._detect_lost(now, acked_before, first_acked_at)
+        if holes:
+            self._detect_lost(now, acked_before, first_acked_at)
+        else:
+            self._loss_at = None
+            del self.sent[:looked]
         if not self.app_limited:
             for size, sent_at in arrived:  # after the losses, as in RFC 9002 appendix A.7
                 self.congestion.on_acked(size, sent_at)
@@ -316,6 +322,8 @@ class Recovery:
     def probe_interval(self) -> float:
         """Seconds from the last packet to the next probe."""
         pto = self.rtt.pto()
+        if not self.pto_count:
+            return pto
         return float(min(pto * 2 ** min(self.pto_count, MAX_BACKOFF), max(pto, MAX_PROBE_INTERVAL)))
 
     def on_timeout(self, now: float) -> None:

@@ -39,12 +39,12 @@ class StreamSet:
         "_dialling",
         "_opened",
         "_peer_opened",
-        "_pending",
         "_stopped",
         "_virtual",
         "credit",
         "peer_limit",
         "peer_max_streams",
+        "pending",
         "received",
         "recv",
         "send",
@@ -71,7 +71,7 @@ class StreamSet:
         """Indexed by stream kind: frames.BIDIRECTIONAL, frames.UNIDIRECTIONAL. Cumulative."""
         self._opened = [1 if dialling else 0, 0]  # stream 0 is the dialling side's first
         self._peer_opened = [0 if dialling else 1, 0]
-        self._pending: dict[tuple[str, int], None] = {}
+        self.pending: dict[tuple[str, int], None] = {}
         self._stopped: dict[int, int] = {}
         self._blocked_at = -1
         self._virtual = 0.0
@@ -83,7 +83,7 @@ class StreamSet:
         kind = frames.BIDIRECTIONAL if bidirectional else frames.UNIDIRECTIONAL
         index = self._opened[kind]
         if index >= self.peer_max_streams[kind]:
-            self._pending[STREAMS_BLOCKED, kind] = None
+            self.pending[STREAMS_BLOCKED, kind] = None
             raise UsageError(f"the peer allows {index} streams of this kind so far")
         self._opened[kind] = index + 1
         stream = (
@@ -114,14 +114,14 @@ class StreamSet:
         if sender.reset_code is None:
             sender.reset(code)
             self.writers.pop(stream, None)
-            self._pending[RESET_STREAM, stream] = None
+            self.pending[RESET_STREAM, stream] = None
 
     def stop(self, stream: int, code: int) -> None:
         """Ask the peer to give up sending. Raises UsageError."""
         if stream not in self.recv or not stream:
             raise UsageError(f"stream {stream} is not one to stop")
         self._stopped[stream] = code
-        self._pending[STOP_SENDING, stream] = None
+        self.pending[STOP_SENDING, stream] = None
 
     def read(self, stream: int, now: float, rtt: float) -> bytes:
         receiver = self.recv.get(stream)
@@ -154,15 +154,15 @@ class StreamSet:
             if more:  # the session's grows with it, at once: it is never below the sum of the lanes
                 self.credit.window += more
                 self.credit.announce()
-                self._pending[MAX_DATA, 0] = None
+                self.pending[MAX_DATA, 0] = None
             receiver.limit = credit.announce()
-            self._pending[MAX_STREAM_DATA, stream] = None
+            self.pending[MAX_STREAM_DATA, stream] = None
 
     def _advance_session(self, more: int, now: float, rtt: float) -> None:
         self.credit.taken += more
         if self.credit.due():
             self.credit.announce()
-            self._pending[MAX_DATA, 0] = None
+            self.pending[MAX_DATA, 0] = None
 
     def _forget(self, receiver: RecvStream) -> None:
         """Nothing more will come on it; the peer may open another."""
@@ -175,7 +175,7 @@ class StreamSet:
         if receiver.id & LISTENER_BIT == (1 if self._dialling else 0):
             kind = frames.UNIDIRECTIONAL if receiver.id & UNIDIRECTIONAL_BIT else frames.BIDIRECTIONAL
             self.streams_credit[kind] += 1
-            self._pending[MAX_STREAMS_FRAME, kind] = None
+            self.pending[MAX_STREAMS_FRAME, kind] = None
 
     def close(self) -> None:
         """The session is over: what it grew goes back to the budget."""
@@ -268,7 +268,7 @@ class StreamSet:
             if receiver is None or receiver.final_size is not None:
                 return
             receiver.limit = receiver.credit.announce()
-        self._pending[kind, stream] = None
+        self.pending[kind, stream] = None
 
     # -- sending
 
@@ -311,22 +311,17 @@ class StreamSet:
         if sender.next >= sender.limit:
             if sender.blocked_at != sender.limit:
                 sender.blocked_at = sender.limit
-                self._pending[STREAM_DATA_BLOCKED, sender.id] = None
+                self.pending[STREAM_DATA_BLOCKED, sender.id] = None
         elif self._blocked_at != self.peer_limit:
             self._blocked_at = self.peer_limit
-            self._pending[DATA_BLOCKED, 0] = None
-
-    @property
-    def pending(self) -> bool:
-        """Whether `write_frames` has something to write."""
-        return bool(self._pending)
+            self.pending[DATA_BLOCKED, 0] = None
 
     def write_frames(self, packet: FrameSink) -> None:
-        for token in list(self._pending):
+        for token in list(self.pending):
             frame = self._frame(*token)
             if frame is not None and not packet.add(frame, self, token):
                 return
-            del self._pending[token]
+            del self.pending[token]
 
     def _frame(self, kind: str, stream: int) -> bytes | None:
         """What there is to say now; None if nothing any longer."""
@@ -357,4 +352,4 @@ class StreamSet:
 
     def on_lost(self, token: object) -> None:
         if isinstance(token, tuple):
-            self._pending[token] = None
+            self.pending[token] = None

@@ -72,7 +72,7 @@ def test_every_second_packet_is_acknowledged_at_once() -> None:
     acks.on_eliciting(1, 1.0)
     assert not acks.due(1.0)
     assert acks.owing
-    assert acks.next_timeout() == pytest.approx(1.0 + MAX_ACK_DELAY)
+    assert acks.deadline == pytest.approx(1.0 + MAX_ACK_DELAY)
     receive(acks, 1)
     acks.on_eliciting(ACK_EVERY - 1, 1.0)
     assert acks.due(1.0)
@@ -103,7 +103,7 @@ def test_what_asks_for_no_ack_draws_none() -> None:
     acks.on_eliciting(0, 1.0)
     assert not acks.due(100.0)
     assert not acks.owing
-    assert acks.next_timeout() is None
+    assert acks.deadline is None
 
 
 def test_a_ping_is_answered_at_once() -> None:
@@ -121,7 +121,7 @@ def test_the_frame_says_how_long_it_waited_and_settles_the_debt() -> None:
     assert delay_us == pytest.approx(20_000, abs=1)
     assert found == [(0, 3)]
     assert not acks.due(9.0)
-    assert acks.next_timeout() is None
+    assert acks.deadline is None
 
 
 def test_a_late_packet_does_not_move_the_delay_of_the_largest() -> None:
