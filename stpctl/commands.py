@@ -260,7 +260,7 @@ def buffer_show(session: Session) -> None:
             ("full", f"since {instant(b.full_since_ms, now)}: {b.full_cause}" if b.full else "no"),
             (
                 "commits",
-                f"{b.commits:,}; {b.commit_p50_ms:.1f} ms typical, {b.commit_p99_ms:.1f} ms at worst",
+                f"{b.commits:,}; {b.commit_mean_ms:.1f} ms on average, {b.commit_max_ms:.1f} ms at worst",
             ),
             ("queue", f"{b.queue_depth} of {b.queue_limit} records"),
         ]

@@ -247,8 +247,8 @@ class Managed:
             queue_depth=numbers.queue_records,
             queue_limit=QUEUE_RECORDS,
             commits=numbers.commits,
-            commit_p50_ms=round(mean_ms, 3),
-            commit_p99_ms=round(1000 * numbers.commit_seconds_max, 3),
+            commit_mean_ms=round(mean_ms, 3),
+            commit_max_ms=round(1000 * numbers.commit_seconds_max, 3),
             lanes=[
                 BufferLane(
                     lane=lane,

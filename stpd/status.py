@@ -168,8 +168,8 @@ class BufferStatus:
     """Records waiting for the writer thread."""
     queue_limit: int = 0
     commits: int = 0
-    commit_p50_ms: float = 0.0
-    commit_p99_ms: float = 0.0
+    commit_mean_ms: float = 0.0
+    commit_max_ms: float = 0.0
     lanes: list[BufferLane] = Factory(list)
     quarantined: list[QuarantinedRecord] = Factory(list)
     """The newest 100."""
