@@ -33,6 +33,7 @@ from stp.batch import Properties, node_id
 from stp.connection import ConnectionStatistics, Dialler, Unreachable
 from stp.control import Hello, Subscribe, Subscribed, Unsubscribe
 from stp.core.errors import MessageError, UsageError
+from stp.enrol import device_path
 from stp.identity import Identity, parse_url
 from stp.link import (
     Link,
@@ -91,8 +92,8 @@ class ClientStatistics:
 
 
 def default_identity() -> Path:
-    """`~/.config/stp/device.pem`, or what STP_IDENTITY says."""
-    return Path(os.environ.get("STP_IDENTITY") or "~/.config/stp/device.pem").expanduser()
+    """What STP_IDENTITY says, else where `stp join` writes: ~/.config/stp/device.pem."""
+    return Path(os.environ.get("STP_IDENTITY") or device_path())
 
 
 @contextlib.asynccontextmanager
