@@ -65,7 +65,7 @@ class Rejected(StpError):  # noqa: N818 - read as a sentence
 
     def __init__(self, where: str, code: ErrorCode, reason: str, by_peer: bool) -> None:
         who = f"{where} refused us" if by_peer else f"we refuse {where}"
-        super().__init__(f"{who}: {reason or code.name}")
+        super().__init__(f"{who}: {reason.removeprefix('refused by the peer: ') or code.name}")
         self.code = code
         self.reason = reason
         self.by_peer = by_peer

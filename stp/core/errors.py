@@ -85,10 +85,11 @@ class PacketError(StpError):
 class HandshakeRefused(StpError):  # noqa: N818 - it is the answer of a side, not a fault
     """One of the two sides refuses the other; the handshake is over (protocol §4)."""
 
-    def __init__(self, reason: str, code: ErrorCode = ErrorCode.AUTH) -> None:
+    def __init__(self, reason: str, code: ErrorCode = ErrorCode.AUTH, *, by_peer: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
         self.code = code
+        self.by_peer = by_peer
 
 
 class SessionClosedError(StpError):

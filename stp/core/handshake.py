@@ -304,10 +304,10 @@ class Handshake:
         except SSL.WantReadError:
             return
         except SSL.ZeroReturnError:
-            raise HandshakeRefused("refused by the peer") from None
+            raise HandshakeRefused("refused by the peer", by_peer=True) from None
         except SSL.Error as exc:
             if self._tls.get_shutdown() & SSL.RECEIVED_SHUTDOWN:
-                raise HandshakeRefused(explain(exc)) from exc
+                raise HandshakeRefused(explain(exc), by_peer=True) from exc
             return
         raise ProtocolError("application data inside the handshake")
 

@@ -103,7 +103,7 @@ class _Sent:
 
 def _refused_by_peer(close: frames.Close) -> HandshakeRefused:
     return HandshakeRefused(
-        f"refused by the peer: {close.reason or 'no reason given'}", ErrorCode.of(close.code)
+        f"refused by the peer: {close.reason or 'no reason given'}", ErrorCode.of(close.code), by_peer=True
     )
 
 

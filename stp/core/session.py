@@ -461,7 +461,7 @@ class Session:
             elif handshake.state is HandshakeState.OVER:
                 self._end(Input.SILENCE, refused.code, refused.reason, by_peer=True, now=now)
             else:
-                self._end(Input.LOCAL_CLOSE, refused.code, refused.reason, by_peer=False, now=now)
+                self._end(Input.LOCAL_CLOSE, refused.code, refused.reason, by_peer=refused.by_peer, now=now)
                 self._close_until = now + CLOSE_PTOS * handshake.pto
 
     def _use_keys(self, handshake: InitHandshake, now: float) -> None:
