@@ -252,7 +252,7 @@ def test_fault_24_other_node_than_expected() -> None:
     """Any gateway has a good certificate; only the one that was meant may answer."""
     net = Network(1)
     other, edge = net.listener("gateway-7"), net.dialler()
-    _must_be_refused(net, other, edge, node="hub-1")
+    assert not _must_be_refused(net, other, edge, node="hub-1").by_peer
 
 
 def test_fault_24_revoked() -> None:
@@ -261,6 +261,7 @@ def test_fault_24_revoked() -> None:
     hub, edge = net.listener(authorise=lambda peer: f"{peer.node} is revoked"), net.dialler()
     closed = _must_be_refused(net, hub, edge)
     assert "edge-1 is revoked" in closed.reason
+    assert closed.by_peer
     assert hub.refusals[0][1].node == "edge-1"
     assert "revoked" in hub.refusals[0][2]
 
