@@ -3,6 +3,7 @@
 (1) All errors are found in one reading; each has the path of the key, what is wrong and what to do.
 (2) Nothing is guessed: "false" is no boolean, 10 is no duration, 1.0 is no count, an unknown key is an error.
 (3) Relative paths are relative to the file; $CREDENTIALS_DIRECTORY/name is a systemd credential.
+(4) A secret beside the file that systemd has loaded under the same name is taken from there.
 """
 
 import os
@@ -202,13 +203,24 @@ def _finish(config: Config, base: Path) -> Config:
     """Fill in what follows from other values."""
     if config.store.path is None:
         config.store.path = config.state_dir / "store"
-    config.identity = tuple(base / p for p in config.identity)
+    config.identity = tuple(_loaded(base / p, base) for p in config.identity)
+    if config.enrol.ca is not None and _loaded(config.enrol.ca / "ca.key", base).parent != config.enrol.ca:
+        config.enrol.ca = _loaded(config.enrol.ca / "ca.key", base).parent
     if config.classes is not BUILT_IN_CLASSES:
         own = {c.name: c for c in config.classes}
         known = [c.name for c in BUILT_IN_CLASSES]
         new = [c for c in config.classes if c.name not in known]
         config.classes = (*new, *(own.get(c.name, c) for c in BUILT_IN_CLASSES))
     return config
+
+
+def _loaded(path: Path, base: Path) -> Path:
+    """A secret beside the configuration, as systemd loaded it for us: the file itself is root's alone (4)."""
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    if not directory or path.parent.resolve() != base.resolve():
+        return path
+    credential = Path(directory) / path.name
+    return credential if credential.exists() else path
 
 
 # Reading values ----------------------------------------------------------------------------------------

@@ -406,3 +406,16 @@ def test_shipped_defaults_are_the_defaults(name: str, tmp_path: Path) -> None:
     now, restart = changes(default, told)
     expected = {"access", "enrol.ca", "enrol.listen"} if name == "hub" else set()
     assert set(now) | set(restart) == expected
+
+
+def test_secrets_beside_the_file_come_as_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """config (4): the unit loads them, the file need not know."""
+    loaded = tmp_path / "credentials"
+    loaded.mkdir()
+    for name in ("identity.pem", "ca.key"):
+        (loaded / name).write_text("secret")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(loaded))
+    text = 'role = "hub"\nidentity = ["identity.pem", "network.key", "/etc/ssl/own.pem"]\n[enrol]\nca = "."\n'
+    config = load(write(tmp_path, text))
+    assert config.identity == (loaded / "identity.pem", tmp_path / "network.key", Path("/etc/ssl/own.pem"))
+    assert config.enrol.ca == loaded

@@ -75,8 +75,7 @@ def test_what_the_daemon_relies_on(unit: str) -> None:
         "MemoryDenyWriteExecute=yes",
         "CapabilityBoundingSet=",
         f"StateDirectory=stpd-{role}",
-        f"LoadCredential={role}.toml:/etc/stpd/{role}.toml",
-        f"ExecStart=/usr/bin/stpd run --config %d/{role}.toml",
+        f"ExecStart=/usr/bin/stpd run --config /etc/stpd/{role}.toml",
     ):
         assert needed in lines
     after = " ".join(line for line in lines if line.startswith(("After=", "Requires=", "Wants=")))
