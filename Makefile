@@ -15,6 +15,7 @@ STAMP := $(VENV)/.installed
 # Seconds for each fuzz target, minutes for the soak, parallel workers of the suite.
 SECONDS := 60
 WORKERS := 2
+KILLS   := 200
 
 # Branch coverage: these tests alone must reach these packages.
 COVERED := stp/core stpd/store
@@ -62,8 +63,9 @@ test: env  ## the whole suite but for the long campaigns
 demo: env  ## hub, gateway, devices on this machine, with a hub that dies in the middle (KEEP=1 stays up)
 	@$(BIN)/python -m bench.demo $(if $(KEEP),--keep)
 
-soak: env  ## the long campaigns: hundreds of seeds, thousands of crashes
+soak: env  ## the long campaigns: hundreds of seeds, thousands of crashes, KILLS=200 kill -9
 	$(BIN)/pytest -n $(WORKERS) -m many
+	STPD_KILLS=$(KILLS) $(BIN)/pytest -s tests/real/test_kill.py
 
 fuzz: env  ## every parser, SECONDS=60 each
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
