@@ -181,12 +181,12 @@ class Outbox:
         """A new session: everything unanswered is sent again, from its first number on."""
         self.detach()
         self.link = link
-        self.not_before = 0.0
-        self.refusal = ""
 
     def detach(self) -> None:
-        """The session is gone."""
+        """The session is gone, and what it refused for a while with it."""
         self.link = None
+        self.not_before = 0.0
+        self.refusal = ""
         again = [*self._awaiting, *self._sent]
         self.stats.resent_records += len(again)
         for flight in again:

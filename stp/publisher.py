@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -103,6 +104,8 @@ class Publisher:
         self._by_topic: dict[str, Waiting] = {}
         self._loners: set[str] = set()
         self._linked = False
+        self.due = math.inf
+        """Not later than the next `handle_timeout` is due; cheap to look at, unlike `next_timeout`."""
         self.sort_by(DEFAULT_CLASSES)
 
     # -- the session -------------------------------------------------------------------------------------
@@ -128,6 +131,7 @@ class Publisher:
         for waiting in self._all():
             self._close_batch(waiting)
         self._pump(now)
+        self.next_timeout()
 
     def detach(self) -> None:
         """The session is gone."""
@@ -174,6 +178,8 @@ class Publisher:
         if not waiting.topics:
             waiting.ttl_ms, waiting.tombstones = ttl_ms, tombstone
             waiting.deadline = now + waiting.linger
+            if waiting.deadline < self.due:
+                self.due = waiting.deadline
         if ticket is not None:
             self._claim(waiting, ticket)
         waiting.topics.append(topic)
@@ -332,8 +338,11 @@ class Publisher:
         self, lane: int, place: int, code: int, retry_after: float, reason: str, now: float
     ) -> None:
         """The record at this place was not taken; `retry_after` in seconds."""
-        self._outboxes[lane].on_refusal(place, code, retry_after, reason, now)
+        outbox = self._outboxes[lane]
+        outbox.on_refusal(place, code, retry_after, reason, now)
         self._after_answers(lane, now)
+        if outbox.not_before:
+            self.due = min(self.due, outbox.not_before)
 
     def on_writable(self, lane: int, now: float) -> None:
         """There is room on the lane again."""
@@ -350,7 +359,8 @@ class Publisher:
         times = [outbox.next_timeout() for outbox in self._outboxes.values()]
         if self._linked:
             times += [waiting.deadline for waiting in self._all()]
-        return min((time for time in times if time is not None), default=None)
+        self.due = min((time for time in times if time is not None), default=math.inf)
+        return self.due if self.due < math.inf else None
 
     def handle_timeout(self, now: float) -> None:
         if not self._linked:

@@ -12,7 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
 import trio
 from attrs import Factory, define, evolve, field
@@ -43,10 +43,14 @@ CHECKPOINT_EVERY: Final = 64
 """Messages handed out without letting other tasks run."""
 
 
+ReceiptLevel: TypeAlias = Literal["kept", "custody"] | None
+"""What a publisher waits for; None: for nothing."""
+
+
 class Replier(Protocol):
     """Who sends a reply: the client."""
 
-    async def reply_to(self, message: Message, payload: bytes, receipt: str | None) -> None: ...
+    async def reply_to(self, message: Message, payload: bytes, receipt: ReceiptLevel) -> None: ...
 
 
 @define(eq=False)
@@ -75,10 +79,8 @@ class Message:
         """Where an answer is wanted."""
         return self.properties.reply_topic if self.properties is not None else None
 
-    async def reply(self, payload: bytes, *, receipt: str | None = None) -> None:
+    async def reply(self, payload: bytes, *, receipt: ReceiptLevel = None) -> None:
         """Answer a request. UsageError when the message wants no answer; else as `Client.publish`."""
-        if not self.reply_topic:
-            raise UsageError(f"the message on {self.topic} wants no reply")
         await self._replier.reply_to(self, payload, receipt)
 
     def ack(self) -> None:
