@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,6 +108,14 @@ async def until(condition: Callable[[], bool], limit: float = 5.0) -> None:
     with trio.fail_after(limit):
         while not condition():
             await trio.sleep(0.002)
+
+
+def let_the_writer_rest(store: SqliteStore, limit: float = 5.0) -> None:
+    """Block the trio thread until the writer has done all it can: what it says of that is not heard yet."""
+    deadline = time.monotonic() + limit
+    while not store._writer._sleeping or store._writer._changes:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def new_source() -> bytes:

@@ -15,12 +15,23 @@ from pathlib import Path
 
 import pytest
 import trio
-from store_kit import LANE, Desk, everything, kept, new_source, open_store, published, until
+from store_kit import (
+    LANE,
+    Desk,
+    everything,
+    kept,
+    let_the_writer_rest,
+    new_source,
+    open_store,
+    published,
+    until,
+)
 
 from stpd.store import reserve as reserve_module
 from stpd.store import sqlite as sqlite_module
 from stpd.store import writer as writer_module
-from stpd.store.base import Hop, OutcomeKind, StoreError
+from stpd.store.base import Append, Hop, OutcomeKind, StoreError
+from stpd.store.changes import Result
 from stpd.store.reserve import Reserve
 from stpd.store.sqlite import MIN_RESERVE, SqliteStore
 
@@ -97,9 +108,10 @@ async def test_fault_35_disk_full_then_freed(small_disk: Path) -> None:
         assert rows[:-1] == before[-len(rows) + 1 :]
         assert store.ledger().unexplained == 0
         assert store.statistics().commit_failures >= 1
+        ledger = store.ledger()
     async with await open_store(small_disk / "s", budget_bytes=64 << 20) as store:
         assert (await everything(store))[-1].number == last + 1
-        assert store.ledger().unexplained == 0
+        assert store.ledger() == ledger, "what was refused was counted on disk too"
 
 
 @pytest.mark.slow
@@ -182,6 +194,37 @@ async def test_a_failed_commit_fails_all_that_was_queued(store: SqliteStore, des
     await store.flush()
     assert store.ledger().unexplained == 0
     assert sum(door.refused for door in store.ledger().doors) == 38 - failed
+
+
+async def test_nothing_queued_before_the_news_is_heard_succeeds(
+    store: SqliteStore, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writer promise (1): only the first group fails on the disk; what was queued behind it must not overtake."""
+    monkeypatch.setattr(writer_module, "GROUP_RECORDS", 5)
+    committer = store._writer._committer
+    commit, failures = committer.commit, 0
+
+    def failing_once(items: list[Append]) -> Result:
+        nonlocal failures
+        if items and not failures:
+            failures += 1
+            exc = sqlite3.OperationalError("disk I/O error")
+            exc.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
+            raise exc
+        return commit(items)
+
+    monkeypatch.setattr(committer, "commit", failing_once)
+    source = new_source()
+    tickets = [desk.put(kept(source, number)) for number in range(1, 31)]
+    let_the_writer_rest(store)
+    desk.put(kept(source, 31))
+    await store.flush()
+    assert [ticket for ticket, _ in desk.answers] == [*tickets, 30]
+    assert {outcome.kind for _, outcome in desk.answers} == {ERROR}
+    await until(lambda: not store.full)
+    assert set(await desk.kinds(*(kept(source, number) for number in range(1, 32)))) == {STORED}
+    assert store.statistics().errors == 5
+    assert sum(door.refused for door in store.ledger().doors) == 31
 
 
 async def test_a_full_queue_is_refused_and_counted(

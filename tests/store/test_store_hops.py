@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from store_kit import LANE, Desk, everything, kept, new_source, open_store, until
+import trio.testing
+from store_kit import LANE, Desk, everything, kept, let_the_writer_rest, new_source, open_store, until
 
 from stp.records import read_record
 from stpd.store import commits, trim
@@ -118,6 +119,24 @@ async def test_a_hop_made_anew_at_once_does_not_inherit(store: SqliteStore, desk
     await store.flush()
     assert store.ledger().unexplained == 0
     assert [one.behind for one in store.ledger().hops] == [4]
+
+
+async def test_stale_news_of_a_former_hop_is_not_taken_for_the_new_one(
+    store: SqliteStore, desk: Desk
+) -> None:
+    await fill(desk, 4)
+    store.add_hop(UPLINK)
+    await store.flush()
+    store.advance("up", LANE, 4, custody=4)
+    let_the_writer_rest(store)  # it has committed that, and we have not heard of it
+    store.remove_hop("up")
+    store.add_hop(UPLINK)
+    await trio.testing.wait_all_tasks_blocked()
+    assert store.hops["up"].cursors == {LANE: 0}
+    assert [one for one in store.ledger().hops if one.custody] == []
+    await store.flush()
+    assert store.hops["up"].cursors == {LANE: 0}
+    assert store.behind("up", LANE).messages == 4
 
 
 async def test_behind_knows_the_age_of_what_waits(tmp_path: Path) -> None:

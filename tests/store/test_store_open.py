@@ -44,6 +44,19 @@ async def test_every_store_has_an_id_of_its_own(tmp_path: Path) -> None:
         assert one.store_id != other.store_id
 
 
+async def test_every_connection_says_what_durability_means(store: SqliteStore) -> None:
+    """Schema promise (3): nothing else in the suite would notice a commit that is not synced."""
+    await store.read(LANE, 1, 1)
+    for conn in (store._writer._committer._conn, store._reader._conn):
+        assert conn is not None
+        settings = {
+            name: conn.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")
+        }
+        assert settings == {"journal_mode": "wal", "synchronous": 2}
+    assert conn.execute("PRAGMA auto_vacuum").fetchone()[0] == 2
+    assert conn.execute("PRAGMA secure_delete").fetchone()[0] == 0
+
+
 async def test_a_newer_format_is_refused_and_left_alone(tmp_path: Path) -> None:
     await (await open_store(tmp_path)).aclose()
     alter(tmp_path, f"PRAGMA user_version = {FORMAT + 1}")
