@@ -56,6 +56,9 @@ class Talk:
     [
         (b"\x18", ErrorCode.PROTOCOL),
         (b"\x0a\x00", ErrorCode.PROTOCOL),
+        (b"\x04\x00", ErrorCode.PROTOCOL),
+        (b"\x06\x00", ErrorCode.PROTOCOL),
+        (frames.Stream(0, 0, b"abc").encode()[:-1], ErrorCode.PROTOCOL),
         (frames.Crypto(0, b"x"), ErrorCode.PROTOCOL),
         (frames.HandshakeDone(bytes(16)), ErrorCode.PROTOCOL),
         (frames.NewToken(b"x"), ErrorCode.PROTOCOL),
@@ -331,6 +334,32 @@ def test_garbage_to_another_cid_of_ours_moves_nothing() -> None:
     other_phase = b"\x41" + before + bytes(60)
     talk.net.inject(other_phase, source=talk.edge, to=talk.hub)
     assert talk.hub.endpoint.statistics().dropped_unknown_cid == 1
+
+
+@pytest.mark.parametrize("owner", ["session", "answers", "cids", "streams"])
+def test_more_to_say_than_a_packet_holds(owner: str) -> None:
+    """What does not fit leaves with the next packet, whoever owns it."""
+    talk = Talk()
+    space = talk.session._data
+    assert space is not None
+    if owner == "answers":
+        space._answers += [frames.PathResponse(n.to_bytes(8, "big")).encode() for n in range(200)]
+    elif owner == "cids":
+        space.remote_cids._retiring.update(range(1000, 1300))
+        space.remote_cids.pending += range(1000, 1300)
+        talk.peer._data.local_cids.next_seq = 5000  # type: ignore[union-attr]
+    elif owner == "streams":
+        for number in range(100):
+            talk.session.write(lane := talk.session.open_stream(), b"x")
+            talk.session.reset_stream(lane, number)
+    else:
+        for number in range(200):
+            space.say(frames.StreamsBlocked(0, number).encode())
+    talk.session._want_to_send()
+    talk.net.run_for(0.5)
+    assert not space._has_control()
+    assert talk.session.state is talk.peer.state is State.ESTABLISHED
+    assert len(talk.opened(talk.edge)) >= 2
 
 
 def test_too_many_failed_opens() -> None:

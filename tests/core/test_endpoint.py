@@ -333,6 +333,20 @@ def test_the_heap_of_timers_moves_lazily() -> None:
     assert session.state is State.ESTABLISHED
 
 
+def test_a_timer_of_a_session_that_is_over() -> None:
+    net, hub, edge = pair()
+    session = edge.connect(hub)
+    net.flush()
+    due = edge.endpoint.next_timeout()
+    assert due is not None
+    session.abandon()  # by its owner, while the heap still knows it
+    edge.endpoint.handle_timeout(due)
+    assert session.next_timeout() is None
+    net.flush()
+    assert edge.endpoint.next_timeout() is None
+    assert not edge.endpoint._cids
+
+
 def test_a_buffer_may_hold_datagrams_of_several_sessions_and_kinds() -> None:
     """One source may dial twice; the kernel joins what comes from it."""
     net, hub, edge = pair()

@@ -79,6 +79,15 @@ def test_bytes_on_a_stream_that_is_ours(stream: int) -> None:
         found.receiver(stream)
 
 
+def test_bytes_on_our_stream_that_is_over() -> None:
+    found = streams()
+    tunnel = found.open(16, bidirectional=True)
+    receive(found, tunnel, 0, b"abc", fin=True)
+    found.read(tunnel, 1.0, 0.1)
+    assert found.receiver(tunnel) == (None, ())
+    assert not [f for f in said(found) if isinstance(f, frames.MaxStreams)]  # it was ours
+
+
 def test_a_finished_stream_makes_room_for_another() -> None:
     """Promise (3): MAX_STREAMS is cumulative."""
     found = streams()
