@@ -246,8 +246,11 @@ class Feed:
 
     def _send_void(self, lane: int, state: LaneState, item: Stored) -> None:
         """A void of the log: keepers must hear of it, readers need not."""
-        head = read_record(item.record)
         lost = item.messages if item.damaged else 0
+        if not item.record:  # a row so damaged that its number is lost
+            self._skip(state, item, quarantined=lost)
+            return
+        head = read_record(item.record)
         if not self.keeper or self.filters is not None or self._peer_id in head.hops:
             self._skip(state, item, quarantined=lost)
             return

@@ -330,7 +330,9 @@ class Store(Protocol):
         """Ledger deltas of the node, for what append() does not see."""
 
     def quarantine(self, record: bytes, reason: str, peer: str, *, lane: int = 0, pos: int = 0) -> None:
-        """Keep a copy of a record aside. At most 1,024 of them and 32 MiB: the oldest go first."""
+        """Keep a copy of a record aside; an empty one is fetched from the log at `lane`, `pos`.
+
+        At most 1,024 of them and 32 MiB: the oldest go first."""
 
     def quarantined(self) -> list[Quarantined]:
         """What is kept aside, oldest first."""

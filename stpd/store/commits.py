@@ -140,7 +140,7 @@ class Committer:
         for void in changes.damaged:
             self._statistics.damaged_rows += self.quarantine.replace(void, self._options.own_source)
         for aside in changes.asides:
-            self.quarantine.add(aside)
+            self.quarantine.copy(aside)
         for name, hop in changes.hops:
             self.log.change_hop(name, hop)
         for (name, lane), move in changes.moves.items():

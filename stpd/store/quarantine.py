@@ -54,8 +54,22 @@ class Quarantine:
     def drop(self) -> None:
         self._staged = None
 
+    def copy(self, aside: Aside) -> None:
+        """Keep a copy of a record, from the log if it was not given; nothing if it has left the log."""
+        entry = aside.entry
+        if not aside.record and entry.pos:
+            row = self._conn.execute(f"{SELECT} WHERE id = ?", (row_id(entry.lane, entry.pos),)).fetchone()
+            try:
+                stored = None if row is None else read_row(row)
+            except DamagedRowError:
+                stored = None  # whoever reads it next will set it aside as what it is
+            if stored is not None:
+                aside.record = stored.record
+                entry.source, entry.number = stored.source, stored.number
+                entry.messages, entry.size = stored.messages, len(stored.record)
+        self.add(aside)
+
     def add(self, aside: Aside) -> None:
-        """Keep a copy of a record."""
         entries = list(self.entries) if self._staged is None else self._staged
         self._staged = entries
         entry = aside.entry

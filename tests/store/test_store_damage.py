@@ -317,6 +317,27 @@ async def test_what_is_quarantined_is_listed_and_kept(tmp_path: Path) -> None:
         assert store.quarantined() == found
 
 
+async def test_a_record_of_the_log_is_fetched_for_the_quarantine(store: SqliteStore, desk: Desk) -> None:
+    """Whoever was refused may no longer have it in memory."""
+    record = kept(new_source(), 8, messages=2)
+    await desk.ask(kept(new_source(), 1), record)
+    edit_live(store, "UPDATE record SET row_crc = 1 WHERE id & 0xffff = 1")
+    for pos in (2, 1, 7):
+        store.quarantine(b"", "refused", "hub", lane=LANE, pos=pos)
+    await store.flush()
+    found = [(one.number, one.messages, one.size) for one in store.quarantined()]
+    assert found == [(8, 2, len(record)), (0, 0, 0), (0, 0, 0)]
+    conn = store._writer._committer._conn
+    assert conn.execute("SELECT record FROM quarantine WHERE id = 1").fetchone()[0] == record
+
+
+def edit_live(store: SqliteStore, statement: str) -> None:
+    conn = sqlite3.connect(store._reader._path)
+    conn.execute(statement)
+    conn.commit()
+    conn.close()
+
+
 async def test_the_quarantine_is_bounded(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quarantine_module, "MAX_ENTRIES", 4)
     for n in range(7):
