@@ -386,10 +386,10 @@ class Client:
             self._timer.deadline = due
         self._connection.wake()
 
-    def _on_refused(self, refused: Refused) -> None:
+    def _on_refused(self, refused: Refused, awaited: bool) -> None:
         self._refused_messages += refused.messages
         now = trio.current_time()
-        if now - self._refused_logged >= REFUSED_LOG_INTERVAL:
+        if not awaited and now - self._refused_logged >= REFUSED_LOG_INTERVAL:
             self._refused_logged = now
             log.warning("%s (%d messages refused so far)", refused, self._refused_messages)
         if self._hook is not None:
@@ -475,7 +475,7 @@ class Client:
             with trio.move_on_after(timeout):
                 link = self._connection.link
                 if link is not None:
-                    link.send(Subscribe(ping_id, (f"$ping/{ping_id}",)))
+                    link.send(Subscribe(ping_id, (f"$inbox/{self.identity.node}/ping",)))
                     self._connection.wake()
                     await answered.wait()
                     link.send(Unsubscribe(ping_id))

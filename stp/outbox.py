@@ -50,8 +50,8 @@ class Refused(StpError):  # noqa: N818 - it is the keeper's answer, not a fault 
     """
 
     def __init__(self, code: int, reason: str, topic: str = "", messages: int = 1) -> None:
-        what = f"{name_of_code(code)}: {reason}" if reason else name_of_code(code)
-        super().__init__(f"{topic} was refused: {what}" if topic else f"refused: {what}")
+        words = [word for word in (name_of_code(code) if code else "", reason) if word]
+        super().__init__(": ".join([f"{topic} was refused" if topic else "refused", *words]))
         self.code = code
         self.reason = reason
         self.topic = topic
@@ -63,7 +63,7 @@ def name_of_code(code: int) -> str:
     try:
         return RefusedCode(code).name
     except ValueError:
-        return f"code {code}" if code else "refused"
+        return f"code {code}"
 
 
 @define(eq=False)
@@ -148,7 +148,8 @@ class Outbox:
 
     lane: int
     source: bytes
-    on_refused: Callable[[Refused], None]
+    on_refused: Callable[[Refused, bool], None]
+    """Something was refused for good; True: somebody awaits its receipt, and is told."""
     on_denied_topic: Callable[[str], None]
     """Batches with this topic should carry nothing else from now on."""
     link: Link | None = None
@@ -318,7 +319,7 @@ class Outbox:
         self.stats.used += flight.size
         claims, flight.claims = flight.claims, []
         flight.group.in_flight -= 1
-        self.on_refused(refused)
+        self.on_refused(refused, bool(claims))
         for claim in claims:
             claim.ticket.done(refused)
 

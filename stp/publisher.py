@@ -85,11 +85,14 @@ class Publisher:
         source: bytes,
         publisher: bytes,
         run: int,
-        on_refused: Callable[[Refused], None],
+        on_refused: Callable[[Refused, bool], None],
         memory: int = MEMORY,
         compress: bool = False,
     ) -> None:
-        """`source`: 16 random bytes; `publisher`: the node's id; `run`: grows from one start to the next."""
+        """`source`: 16 random bytes; `publisher`: the node's id; `run`: grows from one start to the next.
+
+        `on_refused` hears of what was refused for good, and whether somebody awaits it.
+        """
         self._publisher = publisher
         self._run = run
         self._sequence = 0

@@ -264,9 +264,11 @@ def test_fault_64_refused_in_the_middle_of_a_stream_then_room(seed: int) -> None
     two = Two(seed, ROUGH)
     keeper = Moody(two.gateway, seed)
     refused: list[Refused] = []
-    publisher = Publisher(
-        source=DEVICE, publisher=node_id(DOMAIN, "edge-1"), run=1, on_refused=refused.append
-    )
+
+    def on_refused(one: Refused, awaited: bool) -> None:
+        refused.append(one)
+
+    publisher = Publisher(source=DEVICE, publisher=node_id(DOMAIN, "edge-1"), run=1, on_refused=on_refused)
     net, link = two.net, two.device.link
     assert link is not None
     publisher.attach(link, net.now)
