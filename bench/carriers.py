@@ -43,20 +43,24 @@ QUIET: Final = 0.5
 
 
 class Meter:
-    """Bytes, and the time between the first and the last of them."""
+    """Bytes, and the time (of the clock, of the CPU) between the first and the last of them."""
 
     def __init__(self) -> None:
         self.bytes = 0
         self.first = self.last = 0.0
+        self.cpu = 0.0
 
     def add(self, size: int) -> None:
         self.last = time.perf_counter()
         if not self.bytes:
             self.first = self.last
+            self.cpu = time.process_time()
         self.bytes += size
 
     def report(self) -> None:
-        print(json.dumps({"bytes": self.bytes, "seconds": self.last - self.first}), flush=True)
+        cpu = time.process_time() - self.cpu
+        found = {"bytes": self.bytes, "seconds": self.last - self.first, "cpu_seconds": cpu}
+        print(json.dumps(found), flush=True)
 
 
 def say_port(port: int) -> None:

@@ -3,7 +3,8 @@
     python -m bench.transport [--json] [--rounds 3] [--only stp,aioquic]
 
 Kinds take turns, each `--rounds` times; the median counts. The last line on stdout is JSON: `MB_per_s` of STP,
-`peers` (MB/s), `ratio` (STP over each), `packets`.
+`peers` (MB/s), `ratio` (STP over each), and what a packet costs each receiver in CPU, which a busy machine
+falsifies less.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def make_identities(directory: Path) -> None:
         bundle.write_text(secret + leaf + authority.pem + network_key_pem(bytes(range(32))))
 
 
-def transfer(kind: str, directory: Path, size: int) -> float:
-    """MB/s, as the receiver saw it."""
+def transfer(kind: str, directory: Path, size: int) -> tuple[float, float]:
+    """MB/s as the receiver saw it, and microseconds of its CPU per packet."""
     command = [sys.executable, "-m", "bench.carriers"]
     common = [kind, str(directory), str(size)]
     with subprocess.Popen([*command, "serve", *common], stdout=subprocess.PIPE, text=True) as server:
@@ -58,11 +59,13 @@ def transfer(kind: str, directory: Path, size: int) -> float:
             server.kill()
     if kind != "dtls" and found["bytes"] < size:
         raise SystemExit(f"{kind}: {found['bytes']} of {size} bytes arrived")
-    return float(found["bytes"] / found["seconds"] / MB)
+    packets = found["bytes"] / PACKET
+    return found["bytes"] / found["seconds"] / MB, found["cpu_seconds"] * 1e6 / packets
 
 
-def measure(kinds: list[str], rounds: int, *, loud: bool) -> dict[str, float]:
-    found: dict[str, list[float]] = {kind: [] for kind in kinds}
+def measure(kinds: list[str], rounds: int, *, loud: bool) -> dict[str, tuple[float, float]]:
+    """Medians of `transfer` for each kind."""
+    found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         make_identities(directory)
@@ -70,8 +73,14 @@ def measure(kinds: list[str], rounds: int, *, loud: bool) -> dict[str, float]:
             for kind in kinds:
                 found[kind].append(transfer(kind, directory, SIZES[kind] * 1024 * 1024))
                 if loud:
-                    print(f"round {turn + 1}: {kind:8} {found[kind][-1]:8.1f} MB/s", file=sys.stderr)
-    return {kind: statistics.median(values) for kind, values in found.items()}
+                    rate, cpu = found[kind][-1]
+                    print(
+                        f"round {turn + 1}: {kind:8} {rate:8.1f} MB/s {cpu:6.1f} us/packet", file=sys.stderr
+                    )
+    return {
+        kind: (statistics.median(rate for rate, _ in values), statistics.median(cpu for _, cpu in values))
+        for kind, values in found.items()
+    }
 
 
 def main() -> None:
@@ -81,14 +90,15 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(KINDS), help="kinds, separated by commas")
     options = parser.parse_args()
     medians = measure(options.only.split(","), options.rounds, loud=not options.json)
-    own = medians.get("stp", 0.0)
-    peers = {kind: value for kind, value in medians.items() if kind != "stp"}
+    own = medians.get("stp", (0.0, 0.0))[0]
+    peers = {kind: rate for kind, (rate, _) in medians.items() if kind != "stp"}
     print(
         json.dumps(
             {
                 "MB_per_s": round(own, 1),
                 "peers": {kind: round(value, 2) for kind, value in peers.items()},
                 "ratio": {kind: round(own / value, 1) for kind, value in peers.items()},
+                "receiver_cpu_us_per_packet": {kind: round(cpu, 2) for kind, (_, cpu) in medians.items()},
                 "packet_bytes": PACKET,
                 "rounds": options.rounds,
             }
