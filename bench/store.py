@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import quantiles
 
@@ -71,14 +72,17 @@ class Load:
         return time.perf_counter() - started
 
 
+def _set(event: trio.Event, _: Outcome) -> None:
+    event.set()
+
+
 async def lone(store: SqliteStore) -> None:
     source, times = os.urandom(16), []
     for number in range(1, LONE + 1):
         record = make(1, source, number, bytes(100), "valve/7/set")
         done, started = trio.Event(), time.perf_counter()
-        store.append(
-            Append(1, record, read_record(record), True, "device", "bench", lambda _, done=done: done.set())
-        )
+        head = read_record(record)
+        store.append(Append(1, record, head, True, "device", "bench", partial(_set, done)))
         await done.wait()
         times.append((time.perf_counter() - started) * 1000)
     middle, high = quantiles(times, n=100)[49], quantiles(times, n=100)[98]
