@@ -160,6 +160,8 @@ class Sessions:
         self.reports: dict[str, Report] = {}
         """What each edge last said of its own backlog."""
         self.stats = SessionsStatistics()
+        self._newest: dict[object, Peer] = {}
+        """By source, and keepers by (node, kind) too."""
         self._relay = relay
         self._store = store
         self._domain = domain
@@ -291,12 +293,15 @@ class Sessions:
 
     def _replace_older(self, peer: Peer, hello: Hello) -> None:
         """Promise (2)."""
-        for other in list(self.peers.values()):
-            known = other.link.peer
-            if other is peer or known is None or known.node != hello.node or other.link.closed is not None:
-                continue
-            same_keeper = hello.kind in KEEPER_KINDS and known.kind == hello.kind
-            if known.store == hello.store or same_keeper:
+        names: list[object] = [hello.store]
+        if hello.kind in KEEPER_KINDS:
+            names.append((hello.node, hello.kind))
+        for name in names:
+            other = self._newest.get(name)
+            if other is not None and other.node != hello.node:
+                continue  # another node's source: the link refuses what comes under it
+            self._newest[name] = peer
+            if other is not None and other is not peer and other.link.closed is None:
                 self.stats.replaced += 1
                 other.link.close(ErrorCode.REPLACED, f"a newer session of {hello.node} is here", self._now())
 
@@ -316,6 +321,11 @@ class Sessions:
 
     def _on_closed(self, peer: Peer, closed: LinkClosed) -> None:
         self.peers.pop(id(peer.session), None)
+        hello = peer.link.peer
+        if hello is not None:
+            for name in (hello.store, (hello.node, hello.kind)):
+                if self._newest.get(name) is peer:
+                    del self._newest[name]
         for feed in peer.feeds.values():
             self._relay.detach(feed)
         peer.feeds.clear()

@@ -171,17 +171,22 @@ class Uplink:
         raise OSError(f"no answer from the resolver within {DNS_TIMEOUT:g} s")
 
     async def _report(self) -> None:
-        """Tell the upstream how far behind we are, and notice ourselves."""
+        """Tell the upstream how far behind we are; level and unchanged, there is nothing to tell."""
+        told = -1
         while True:
             await trio.sleep(REPORT_INTERVAL)
             peer = self.peer
             if peer is None or peer.link.peer is None or peer.link.closed is not None:
                 continue
             lanes = [self._store.behind(HOP, lane) for lane in LANES]
+            messages = sum(one.messages for one in lanes)
+            if messages == told == 0:
+                continue
+            told = messages
             peer.link.send(
                 Status(
                     {
-                        "messages": sum(one.messages for one in lanes),
+                        "messages": messages,
                         "bytes": sum(one.bytes for one in lanes),
                         "oldest_age_s": round(max(one.oldest_age for one in lanes), 1),
                         "cause": "full store" if self._store.full else "",

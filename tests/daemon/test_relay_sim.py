@@ -9,6 +9,7 @@ import trio
 import trio.testing
 
 from stp.core.errors import ErrorCode
+from stp.records import RefusedCode
 from stpd.limits import PeerLimit
 from stpd.schema import BUILT_IN_CLASSES, AccessRule, ClassConfig
 from tests.daemon.world import World
@@ -240,3 +241,22 @@ async def test_a_peer_beyond_its_limit_is_held_back_and_loses_nothing(
         assert 20 <= len(reader.messages) <= 32
         await world.run(lambda: len(reader.messages) == 50, limit=6)
         world.check()
+
+
+async def test_a_newer_session_of_a_source_replaces_the_older(
+    tmp_path: Path, mock_clock: trio.testing.MockClock
+) -> None:
+    """Sessions promise (2): the same source dials again; another node's never ends it."""
+    async with World(tmp_path, seed=9) as world:
+        hub = await world.hub()
+        first = world.publisher("sensor-1", hub)
+        await world.run(lambda: first.link is not None and first.link.peer is not None, limit=5)
+        twin = world.publisher("sensor-1", hub)
+        twin.source = first.source
+        stranger = world.publisher("sensor-2", hub)
+        stranger.source = first.source
+        await world.run(lambda: hub.sessions.stats.opened >= 3, limit=5)
+        await world.run(lambda: hub.sessions.stats.replaced >= 1, limit=5)
+        stranger.publish(1)
+        await world.run(lambda: bool(stranger.refusals), limit=10)
+        assert stranger.refusals[0].code == RefusedCode.SOURCE
