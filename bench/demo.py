@@ -31,7 +31,7 @@ SENSORS: Final[dict[str, Callable[[], readings.Reading]]] = {
     "memory": readings.memory,
     "disk": readings.disk,
 }
-SECONDS_LIVE: Final = 6
+SECONDS_LIVE: Final = 5
 SECONDS_DEAD: Final = 5
 SECONDS_AFTER_MOST: Final = 12
 DRAIN_TIMEOUT: Final = 20.0
@@ -235,9 +235,9 @@ class Demo:
         for line in (
             "stpctl --context hub/context.json status",
             "stpctl --context edge/context.json sessions list -w",
-            "stpctl --context hub/context.json events",
-            f"stp sub --identity desk.pem {self.hub_url} '+/reading'",
-            f"stp request --identity desk.pem {self.hub_url} cmd/edge/load/who hello",
+            "stpctl --context hub/context.json events -f",
+            "stp sub -i desk.pem '+/reading'",
+            "stp request -i desk.pem cmd/edge/load/who hello",
         ):
             print(f"  {line}")
 
@@ -256,6 +256,9 @@ async def run(home: Path, keep: bool) -> int:
                 await demo.story(session)
                 wrong = await demo.finish()
                 if keep:
+                    demo.publishing = True
+                    for name, read in SENSORS.items():
+                        nursery.start_soon(demo.sensor, name, read)
                     demo.what_to_try()
                     await trio.sleep_forever()
                 nursery.cancel_scope.cancel()
