@@ -116,6 +116,8 @@ class Flight:
     group: Group
     place: int = -1
     void: bool = False
+    kept: bool = False
+    """It was counted as kept; here still because its caller waits for custody."""
     uncertain: bool = False
     """It was sent on an earlier session, and may have been accepted there."""
 
@@ -203,6 +205,7 @@ class Outbox:
         if link is None or now < self.not_before:
             return
         self.not_before = 0.0
+        self.refusal = ""
         while self._unsent and link.lane_room(self.lane) > 0:
             flight = self._unsent.popleft()
             flight.place = link.send_record(self.lane, flight.record)
@@ -255,8 +258,8 @@ class Outbox:
 
     def _kept(self, flight: Flight) -> None:
         self._backoff = 0.0
-        self.refusal = ""
-        if not flight.void:
+        if not flight.void and not flight.kept:
+            flight.kept = True
             self.stats.waiting -= flight.messages
             self.stats.kept += flight.messages
             flight.group.in_flight -= 1

@@ -178,11 +178,10 @@ class Publisher:
             raise MessageTooLarge(f"a message of {len(payload)} bytes on {topic}; at most {MAX_MESSAGE}")
         if waiting.topics and not self._fits(waiting, topic, size, ttl_ms, tombstone):
             self._close_batch(waiting)
+            self._outboxes[waiting.lane].pump(now)
         if not waiting.topics:
             waiting.ttl_ms, waiting.tombstones = ttl_ms, tombstone
             waiting.deadline = now + waiting.linger
-            if waiting.deadline < self.due:
-                self.due = waiting.deadline
         if ticket is not None:
             self._claim(waiting, ticket)
         waiting.topics.append(topic)
@@ -288,6 +287,8 @@ class Publisher:
         if full or (self._linked and (idle or late)):
             self._close_batch(waiting)
             self._outboxes[waiting.lane].pump(now)
+        elif self._linked and waiting.deadline is not None and waiting.deadline < self.due:
+            self.due = waiting.deadline
 
     def _close_batch(self, waiting: Waiting) -> None:
         """Make a batch of what waits, and a record of the batch."""

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 from collections import deque
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from stp.batch import encode_batch, node_id
 from stp.control import Hello
 from stp.core import events
 from stp.core.errors import ErrorCode
 from stp.core.handshake import PeerIdentity
-from stp.link import Link, LinkEvent
+from stp.link import Link, LinkEvent, RecordReceived
+from stp.records import VoidReason, encode_record, encode_void
 
 if TYPE_CHECKING:
     from stp.core.session import Session
 
 DOMAIN = "test.example"
+TELEMETRY = 3
+OTHER = b"o" * 16
+E = TypeVar("E")
 WINDOW = 512 * 1024
 
 
@@ -154,3 +159,26 @@ class Pair:
         self.at += self.gateway.check(self.now)
         self.back += self.device.check(self.now)
         return self.at[before:] + self.run()
+
+
+def batch(payload: bytes = b"21.5") -> bytes:
+    publisher = node_id("test.example", "device")
+    return encode_batch(
+        ["plant/temp"], [payload], time_ms=1_700_000_000_000, publisher=publisher, run=1, sequence=1
+    )
+
+
+def record(source: bytes, number: int, payload: bytes = b"21.5", lane: int = TELEMETRY) -> bytes:
+    return encode_record(lane, source, number, [batch(payload)])
+
+
+def void(source: bytes, number: int, to: int) -> bytes:
+    return encode_void(TELEMETRY, source, number, to, VoidReason.QUARANTINED, 1)
+
+
+def of_type(found: list[LinkEvent], kind: type[E]) -> list[E]:
+    return [event for event in found if isinstance(event, kind)]
+
+
+def numbers(found: list[LinkEvent]) -> list[int]:
+    return [event.head.number for event in of_type(found, RecordReceived)]
