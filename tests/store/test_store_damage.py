@@ -141,7 +141,10 @@ async def test_fault_34_a_flipped_payload_bit_is_never_delivered(tmp_path: Path,
         assert [row.record for row in again] == [row.record for row in rows], "the void has taken its place"
         await store.flush()
         assert len(store.quarantined()) == 1
-        store.advance("r", LANE, 12, custody=11, quarantined=1)
+        store.advance("r", LANE, victim, custody=victim - 1, quarantined=1)
+        await store.flush()
+        assert store.behind("r", LANE)[:2] == (12 - victim, sum(map(len, records[victim:])))
+        store.advance("r", LANE, 12, custody=12 - victim)
         await store.flush()
         assert store.ledger().unexplained == 0
     async with await open_store(tmp_path) as store:
@@ -196,6 +199,7 @@ async def test_damaged_columns_leave_the_record_as_witness(tmp_path: Path) -> No
         await store.flush()
         store.advance("r", LANE, 4, custody=3, quarantined=1)
         await store.flush()
+        assert store.behind("r", LANE)[:2] == (8, sum(map(len, records[4:])))
         assert store.ledger().unexplained == 0
         assert [row.number for row in (await store.read(LANE, 4, 1))] == [read_record(records[3]).number]
 
