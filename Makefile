@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml
 		echo "  Debian, Ubuntu, Raspberry Pi OS: apt-get install python3-venv" >&2; exit 1; fi
 	@[ -x $(BIN)/python ] || { echo "building $(VENV) with $$("$(PYTHON)" -V)"; "$(PYTHON)" -m venv $(VENV); }
 	@echo "installing what pyproject.toml names"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[dev,bench]'
 	@touch $@
 
 check: env  ## ruff, mypy --strict, the floor plan, branch coverage

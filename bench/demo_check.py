@@ -44,7 +44,7 @@ class Counter:
         came, self.shown = len(self.seen) - self.shown, len(self.seen)
         if not came:
             return "-"
-        return f"{self.text}  #{self.highest}" + (f" (+{came})" if came > 2 else "")
+        return f"{self.text}  [{self.highest}]" + (f" +{came}" if came > 2 else "")
 
 
 @define
