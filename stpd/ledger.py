@@ -123,9 +123,7 @@ class Ledger:
     def explain(self) -> list[str]:
         """One line per equation that does not balance, for people; empty when all do."""
         return [
-            f"{entry.equation} ({entry.unexplained:+d})"
-            for entry in self._entries()
-            if entry.unexplained
+            f"{entry.equation} ({entry.unexplained:+d})" for entry in self._entries() if entry.unexplained
         ]
 
     def to_dict(self) -> dict[str, object]:

@@ -312,7 +312,9 @@ def _check_free(paths: Sequence[Path]) -> None:
 
 def _make_directory(directory: Path, state: str) -> None:
     """An absolute state directory is somebody else's to make: systemd's, with another owner."""
-    directory.mkdir(parents=True, exist_ok=True, mode=0o755)  # its secrets are 0600 each; the rest may be read
+    directory.mkdir(
+        parents=True, exist_ok=True, mode=0o755
+    )  # its secrets are 0600 each; the rest may be read
     if not os.path.isabs(state):
         (directory / state).mkdir(parents=True, exist_ok=True, mode=0o700)
 

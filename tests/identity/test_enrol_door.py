@@ -58,7 +58,7 @@ def tcp(port: int, count: int) -> Iterator[list[socket.socket]]:
 async def until(condition: Callable[[], bool]) -> None:
     """What another task brings about, without saying so."""
     with trio.fail_after(5):
-        while not condition():  # noqa: ASYNC110
+        while not condition():
             await trio.sleep(0.005)
 
 
