@@ -367,6 +367,25 @@ def join(token: str, host: str, name: str, out: str | None) -> None:
     click.echo(f"{name} has joined; its identity is {path}", err=True)
 
 
+@root.command()
+@click.option("--host", metavar="HOST[:PORT]", help="Who enrols. [default: who did]")
+@click.option(
+    "--identity", "-i", "file", type=click.Path(dir_okay=False), help="The bundle to renew, in place."
+)
+def renew(host: str | None, file: str | None) -> None:
+    """Renew the identity before it expires; for a timer. A running program takes it at its next dial.
+
+    \b
+    stp renew
+    """
+    from stp.client import default_identity
+    from stp.enrol import renew_file
+
+    path = file or default_identity()
+    identity = renew_file(path, host)
+    click.echo(f"{identity.node} is renewed until {identity.not_after:%Y-%m-%d %H:%M}Z", err=True)
+
+
 # -- running a command -----------------------------------------------------------------------------------
 
 

@@ -9,13 +9,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import os
 import random
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import trio
@@ -95,6 +96,7 @@ class Connection:
         hello: Hello,
         *,
         network_keys: tuple[bytes, ...],
+        prepare: Callable[[], Awaitable[None]],
         on_up: Callable[[Link], None],
         on_event: Callable[[Link, LinkEvent], None],
         on_down: Callable[[], None],
@@ -112,6 +114,7 @@ class Connection:
         self._contexts = contexts
         self._hello = hello
         self._network_keys = network_keys
+        self._prepare = prepare
         self._keepalive = keepalive
         self._on_up, self._on_event = on_up, on_event
         self._on_down, self._on_idle = on_down, on_idle
@@ -193,6 +196,7 @@ class Connection:
 
     async def _attempt(self, failures: int) -> LinkClosed:
         """Dial once, and serve the session until it ends. Raises OSError."""
+        await self._prepare()
         host, port = await self._resolve(failures)
         endpoint = Endpoint(
             EndpointConfig(
@@ -340,6 +344,7 @@ class Dialler:
         self._kind = kind
         self._nonce = os.urandom(16)
         self._contexts = ContextCache(identity, TimeFloor())
+        self._stamp = _stamp(identity.files)
 
     def connection(
         self,
@@ -364,12 +369,38 @@ class Dialler:
             self._contexts,
             hello,
             network_keys=self._network_keys,
+            prepare=self._take_renewed,
             on_up=on_up,
             on_event=on_event,
             on_down=on_down,
             on_idle=on_idle,
             keepalive=keepalive,
         )
+
+    async def _take_renewed(self) -> None:
+        """Before each dial: take the identity from its files again, if they have changed."""
+        stamp = _stamp(self.identity.files)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            found = await trio.to_thread.run_sync(Identity.load, self.identity.files)
+        except StpError as error:
+            log.warning("the renewed identity cannot be used: %s", error)
+            return
+        if (found.domain, found.node) != (self.identity.domain, self.identity.node):
+            log.warning("the identity's files now name %s/%s; restart to use it", found.domain, found.node)
+            return
+        self._contexts.replace(found)
+
+
+def _stamp(files: tuple[str, ...]) -> tuple[int, ...]:
+    """Changes when a file does; nothing of a file that is not there."""
+    found = []
+    for file in files:
+        with contextlib.suppress(OSError):
+            found.append(os.stat(file).st_mtime_ns)
+    return tuple(found)
 
 
 def _anybody(node: str) -> bool:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import trio
@@ -267,6 +270,32 @@ async def test_an_identity_may_name_the_keeper(keeper: Keeper) -> None:
         assert session.peer is not None
         assert session.peer.node == keeper.node
         assert "connected to gw-1" in session.state
+
+
+async def test_a_renewed_identity_is_taken_at_the_next_dial(
+    keeper: Keeper, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = shared().write(tmp_path, "device-1")
+    path.write_bytes(shared().bundle("device-1", not_after=shared().now + timedelta(days=2)))
+    async with stp.connect(keeper.url, identity=path) as session:
+        for content, words in (
+            (shared().bundle("device-1", not_after=shared().now + timedelta(days=9)), ""),
+            (b"half written", "cannot be used"),
+            (shared().bundle("device-2"), "restart to use it"),
+        ):
+            connects = session.statistics().connection.connects
+            path.write_bytes(content)
+            os.utime(path, ns=(1, len(content)))
+            keeper.close_all(ErrorCode.RESTARTING)
+            with trio.fail_after(5):
+                while session.statistics().connection.connects == connects or not session.connected:
+                    await trio.sleep(0.01)
+            assert words in caplog.text
+            (peer,) = keeper.peers.values()
+            certificate = peer.link.session.peer
+            assert certificate is not None
+            assert certificate.node == "device-1"
+            assert certificate.not_after > shared().now + timedelta(days=8)
 
 
 async def test_what_the_block_raises_comes_out_as_it_is(keeper: Keeper) -> None:
