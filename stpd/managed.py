@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
+import attrs
 import trio
 
 from stp.core.errors import ErrorCode
@@ -37,6 +38,8 @@ from stpd.store.sqlite import QUEUE_RECORDS
 
 if TYPE_CHECKING:
     from stpd.daemon import Daemon
+
+T = TypeVar("T")
 
 QUARANTINE_SHOWN: Final = 100
 """Newest quarantined records that one answer lists."""
@@ -279,48 +282,9 @@ class Managed:
         kinds = {hop.name: hop.kind for hop in self._daemon.store.hops.values()}
         return LedgerStatus(
             unexplained=found.unexplained,
-            doors=[
-                DoorCounts(
-                    peer=one.peer,
-                    class_name=one.class_name,
-                    received=one.received,
-                    accepted=one.accepted,
-                    repeats=one.repeats,
-                    refused=one.refused,
-                    corrupt=one.corrupt,
-                    unexplained=one.unexplained,
-                )
-                for one in found.doors
-            ],
-            nodes=[
-                NodeCounts(
-                    class_name=one.class_name,
-                    accepted=one.accepted,
-                    originated=one.originated,
-                    stored=one.stored,
-                    live_only=one.live_only,
-                    no_taker=one.no_taker,
-                    unexplained=one.unexplained,
-                )
-                for one in found.nodes
-            ],
-            hops=[
-                HopCounts(
-                    hop=one.hop,
-                    kind=kinds.get(one.hop, ""),
-                    lane=one.lane,
-                    routed=one.routed,
-                    custody=one.custody,
-                    behind=one.behind,
-                    expired=one.expired,
-                    dropped=one.dropped,
-                    filtered=one.filtered,
-                    quarantined=one.quarantined,
-                    crash=one.crash,
-                    unexplained=one.unexplained,
-                )
-                for one in found.hops
-            ],
+            doors=[_as(DoorCounts, one) for one in found.doors],
+            nodes=[_as(NodeCounts, one) for one in found.nodes],
+            hops=[_as(HopCounts, one, kind=kinds.get(one.hop, "")) for one in found.hops],
             explain=found.explain(),
         )
 
@@ -369,3 +333,9 @@ class Managed:
 
     def events(self) -> EventWatcher:
         return self._daemon.events.watch()
+
+
+def _as(shape: type[T], counted: object, **more: Any) -> T:
+    """A row of the ledger in the shape of the API: the fields that both have, and what else is given."""
+    names = {one.name for one in attrs.fields(cast(Any, shape))} - more.keys()
+    return shape(**{name: getattr(counted, name) for name in names if hasattr(counted, name)}, **more)
