@@ -317,13 +317,17 @@ async def test_retention_gives_way_when_room_is_scarce(tmp_path: Path) -> None:
         assert not store.full
 
 
-async def test_room_is_made_before_the_next_record_asks_for_it(tmp_path: Path) -> None:
+async def test_room_is_made_before_the_next_record_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last commit of a burst leaves little room: trimming follows at once, not with the next commit."""
+    monkeypatch.setattr(commits, "TRIM_INTERVAL", 60.0)
+    monkeypatch.setattr(commits, "IDLE_INTERVAL", 60.0)
     async with await open_store(tmp_path, budget_bytes=2 * MIN_BUDGET, retention_s=1e6) as store:
         desk, source = Desk(store), new_source()
         await desk.ask(*(kept(source, number, payload=bytes(500_000)) for number in range(1, 26)))
         trimmer = store._writer._committer._trimmer
-        await until(lambda: not trimmer.scarce(store.usage().used), commits.IDLE_INTERVAL / 2)
+        await until(lambda: not trimmer.scarce(store.usage().used))
         assert store.first(LANE) > 1
 
 
