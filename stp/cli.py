@@ -430,7 +430,12 @@ def run(function: Callable[[], Awaitable[None]], target: Target) -> None:
 
     level = logging.INFO if target.verbose else logging.WARNING
     logging.basicConfig(level=level, format="stp: %(message)s", stream=sys.stderr)
-    trio.run(function)
+    try:
+        trio.run(function)
+    except BaseExceptionGroup as group:
+        if group.subgroup(KeyboardInterrupt) is not None:
+            raise KeyboardInterrupt from None
+        raise
 
 
 def read_file(path: str) -> bytes:

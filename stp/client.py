@@ -125,14 +125,17 @@ async def connect(
     client = Client(
         url, loaded, node, network_key, memory=memory, compress=compress, on_refused=on_refused, kind=kind
     )
-    failure: Exception | None = None
+    failure: Exception | KeyboardInterrupt | None = None
     async with trio.open_nursery() as nursery:
         client.start(nursery)
         try:
             await client.wait_connected(connect_timeout)
             yield client
             await client.drain(close_timeout)
-        except Exception as error:  # raised as it is below, not as a member of the nursery's group
+        except (
+            Exception,
+            KeyboardInterrupt,
+        ) as error:  # raised as it is below, not as a member of the nursery's group
             failure = error
         with trio.CancelScope(shield=True):
             await client.aclose()

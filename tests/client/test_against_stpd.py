@@ -164,6 +164,32 @@ async def test_a_killed_daemon_loses_and_doubles_nothing(daemon: Daemon) -> None
     assert got == list(range(600))
 
 
+async def test_an_interrupted_command_stops_in_silence(daemon: Daemon, tmp_path: Path) -> None:
+    bundle = str(shared().write(tmp_path, "device-4"))
+    arguments = ["sub", "event/4/#", "--start", "earliest", "--url", daemon.url, "--identity", bundle]
+    async with stp.connect(daemon.url, identity=device("device-4")) as session:
+        await session.publish_many([("event/4/x", b"%d" % n) for n in range(1000)], receipt="kept")
+    for how, expected in (("interrupt", 130), ("close the pipe", 0)):
+        process = await trio.lowlevel.open_process(
+            [sys.executable, "-m", "stp.cli", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(Path(stp.__file__).parent.parent)},
+        )
+        assert process.stdout is not None
+        assert process.stderr is not None
+        with trio.fail_after(20):
+            assert (await process.stdout.receive_some(20)).startswith(b"event/4/x 0")
+            if how == "interrupt":
+                process.send_signal(signal.SIGINT)
+            else:
+                await process.stdout.aclose()
+                async with stp.connect(daemon.url, identity=device("device-5")) as session:
+                    await session.publish("event/4/x", b"one more, so that it notices", receipt="kept")
+            assert await process.wait() == expected
+            assert (await process.stderr.receive_some()).strip() == b""
+
+
 async def test_the_command(daemon: Daemon, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     options = ("--url", daemon.url, "--identity", str(shared().write(tmp_path, "device-3")))
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from stp.control import (
     Goaway,
     Hello,
+    Introduce,
     Receipt,
     Refused,
     Status,
@@ -30,7 +33,7 @@ from stp.link import (
     Writable,
 )
 from stp.records import RefusedCode
-from tests.client.joined import TELEMETRY, WINDOW, Pair, hello, joined, link, numbers, of_type, record
+from tests.client.joined import OTHER, TELEMETRY, WINDOW, Pair, hello, joined, link, numbers, of_type, record
 
 # -- (1) HELLO -------------------------------------------------------------------------------------------
 
@@ -427,3 +430,57 @@ def test_after_the_end_every_call_is_allowed() -> None:
     assert gateway.lane_room(TELEMETRY) == 0
     assert gateway.check(99.0) == []
     assert pair.run() == []
+
+
+# -- whatever comes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_bytes_are_taken_or_end_the_session(seed: int) -> None:
+    """Good records, flipped bits, cut tails and noise, in any order: never another exception, never a hang."""
+    rng = random.Random(seed)
+    pair = Pair(may_speak_for=lambda node: node != "hub")
+    pair.deaf = True
+    good = [
+        encode_control(one)
+        for one in (
+            Receipt(TELEMETRY, 0, 0),
+            Introduce({OTHER: "sensor"}),
+            Introduce({b"x" * 16: "hub"}),
+            Status({"a": [1, None]}),
+            Subscribe("1", ("a/#",)),
+            Goaway(),
+            Refused(TELEMETRY, 0, 1, 0, "x"),
+        )
+    ]
+    lanes = [
+        record(source, n, rng.randbytes(n * 10)) for source in (pair.source, OTHER, b"x" * 16) for n in (1, 2)
+    ]
+    streams = {0: good, pair.left.open_stream(): lanes, pair.left.open_stream(): lanes}
+    for stream, start in zip(
+        list(streams)[1:], (b"\x01\x03", rng.choice([b"\x01\x01", b"\x01\x03", b"\x07"])), strict=True
+    ):
+        pair.left.write(stream, start)
+    for _ in range(60):
+        stream = rng.choice(list(streams))
+        data = bytearray(rng.choice(streams[stream]))
+        if rng.random() < 0.1:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        elif rng.random() < 0.05:
+            data = data[: rng.randrange(len(data))]
+        elif rng.random() < 0.03:
+            data = bytearray(rng.randbytes(rng.randrange(1, 40)))
+        pair.left.write(stream, bytes(data))
+        for event in of_type(pair.run(), RecordReceived):
+            if rng.random() < 0.8:
+                if rng.random() < 0.8:
+                    pair.gateway.settle(event.lane, event.place, custody=rng.random() < 0.5)
+                else:
+                    pair.gateway.refuse(event.lane, event.place, RefusedCode.FULL)
+        pair.now += rng.choice((0.0, 0.1, 1.0))
+        pair.check()
+    closed = of_type(pair.at, LinkClosed)
+    assert len(closed) <= 1
+    if closed:
+        assert closed[0].code in (ErrorCode.PROTOCOL, ErrorCode.LIMIT)
+        assert pair.at[-1] is closed[0]
