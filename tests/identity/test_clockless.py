@@ -53,7 +53,7 @@ def test_fault_61_connects_and_sends(seed: int, edge_clock: float, hub_clock: fl
     net.run(lambda: hub.received(peer, lane) == b"21.5", limit=10.0)
 
 
-@pytest.mark.parametrize("heard", [NOW, NOW - 1800])
+@pytest.mark.parametrize("heard", [NOW, NOW - 1800], ids=["now", "half an hour ago"])
 def test_fault_61_an_expired_hub_is_refused_by_what_was_heard(heard: float) -> None:
     """The clock says 1970, a hub said otherwise: expiry is judged by the later one."""
     net = Network(seed=1)
