@@ -58,6 +58,14 @@ class Recorder:
         self.deadline = None
         self.rang.set()
 
+    @property
+    def has_news(self) -> bool:
+        return bool(self.ready)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.ready or self.outgoing)
+
     def take_ready(self) -> list[Any]:
         out, self.ready = self.ready, []
         return out
@@ -91,6 +99,30 @@ async def test_datagrams_go_and_come_back(host: str, nursery: trio.Nursery) -> N
     assert near.received == [b"ping 0", b"ping 1", b"ping 2"]
     assert a.statistics().tx_datagrams == 3
     assert a.statistics().rx_bytes == 18
+    a.close()
+    b.close()
+
+
+async def test_owners_may_touch_each_other(nursery: trio.Nursery) -> None:
+    """What one session's owner queues within `on_ready` leaves; news it makes for another is told, too."""
+    near, far = Recorder(), Recorder()
+    told: list[str] = []
+
+    def on_ready(session: str) -> None:
+        told.append(session)
+        near.outgoing.append(Sent(b.local_address, session.encode()))
+        if session == "first":
+            near.ready.append("second")
+        a.wake()
+
+    a, b = await bind(near, on_ready=on_ready), await bind(far)
+    for carrier in (a, b):
+        await nursery.start(carrier.run)
+    near.ready = ["first"]
+    a.wake()
+    await far.wait(2)
+    assert told == ["first", "second"]
+    assert far.received == [b"first", b"second"]
     a.close()
     b.close()
 

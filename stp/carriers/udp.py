@@ -92,6 +92,7 @@ class UdpCarrier:
         self._timer = trio.CancelScope()
         self._blocked: deque[Transmit] = deque()
         self._nursery: trio.Nursery | None = None
+        self._in_turn = False
         self._closed = False
         self._statistics = UdpStatistics()
         _prepare(sock, self._statistics)
@@ -156,8 +157,12 @@ class UdpCarrier:
             self._nursery = None
 
     def wake(self) -> None:
-        """Something was queued on a session: look at it soon. Cheap, idempotent, trio thread only."""
-        self._wakeup.set()
+        """Something may have been queued on a session: look at it soon. Cheap, idempotent, trio thread only.
+
+        It costs nothing when nothing was queued here, and within `on_ready`, after which all is sent anyhow.
+        """
+        if not self._in_turn and self._endpoint.has_work:
+            self._wakeup.set()
 
     def close(self) -> None:
         """Sends what is due (a CLOSE, as a rule) and closes the socket; `run` returns."""
@@ -206,10 +211,14 @@ class UdpCarrier:
         due = endpoint.next_timeout()
         if due is not None and due <= now:
             endpoint.handle_timeout(now)
+        self._in_turn = True
         for session in endpoint.take_ready():
             self._on_ready(session)
+        self._in_turn = False
         if not self._closed:
             self._flush(now)
+        if endpoint.has_news:
+            self._wakeup.set()  # of what owners did to one another's sessions
 
     # -- the socket
 

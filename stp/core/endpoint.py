@@ -211,6 +211,17 @@ class Endpoint:
         self._adopt(session, cid)
         return session
 
+    @property
+    def has_news(self) -> bool:
+        """Whether `take_ready` would name a session."""
+        return bool(self._agenda.ready)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is news, or something that `datagrams_to_send` should look at."""
+        agenda = self._agenda
+        return bool(agenda.ready or agenda.to_send or self._answers)
+
     def take_ready(self) -> list[Session]:
         """Sessions with news for their owners since the last call, each once."""
         ready, self._agenda.ready = self._agenda.ready, []
