@@ -432,6 +432,8 @@ def run(function: Callable[[], Awaitable[None]], target: Target) -> None:
     logging.basicConfig(level=level, format="stp: %(message)s", stream=sys.stderr)
     try:
         trio.run(function)
+    except BrokenPipeError:  # `stp sub '#' | head`; click would call it a failure
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except BaseExceptionGroup as group:
         if group.subgroup(KeyboardInterrupt) is not None:
             raise KeyboardInterrupt from None
@@ -530,8 +532,6 @@ def execute(arguments: list[str]) -> int:
         return EX_USAGE
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
-    except BrokenPipeError:  # `stp sub '#' | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         failure = explain(error)
         if failure is None:
