@@ -486,7 +486,8 @@ class Client:
             del self._answers[ping_id]
         if not answered.is_set():
             raise Unreachable(self._connection.where, timeout, self._connection.cause)
-        return Ping(trio.current_time() - began, self._connection.statistics().rtt)
+        took = trio.current_time() - began
+        return Ping(took, min(took, self._connection.statistics().rtt))  # smoothed, so it may lag behind
 
     # -- what is known -----------------------------------------------------------------------------------
 

@@ -142,9 +142,9 @@ def _store(config: Config) -> Problems:
     store = config.store
     if store.budget < MIN_BUDGET:
         yield Problem(path="store.budget", message="too small to work with", hint='at least "16MiB"')
-    if store.reserve >= store.budget:
-        hint = "the reserve is part of the budget; a thirtieth of it will do"
-        yield Problem(path="store.reserve", message="takes up the whole budget", hint=hint)
+    if 2 * store.reserve > store.budget:
+        hint = "the reserve is part of the budget, at most half of it; a thirtieth will do"
+        yield Problem(path="store.reserve", message="leaves too little of the budget", hint=hint)
 
 
 def _limits(config: Config) -> Problems:
