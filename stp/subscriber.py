@@ -283,8 +283,8 @@ class Subscription:
             await trio.lowlevel.checkpoint()
         while not self._messages:
             self._finish()
-            if self.error is not None:
-                raise self.error
+            if self.error is not None and (self.wanted.name or not self._queue):
+                raise self.error  # what waits for a durable name is its next reader's
             if self._ended:
                 raise StopAsyncIteration
             if self._queue:
