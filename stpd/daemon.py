@@ -19,7 +19,7 @@ import structlog
 import trio
 
 from stp.batch import node_id
-from stp.carriers.udp import UdpCarrier
+from stp.carriers.udp import LOOPBACK_DATAGRAM, UdpCarrier, datagram_for
 from stp.control import Hello
 from stp.core.endpoint import Endpoint, EndpointConfig
 from stp.core.errors import ErrorCode
@@ -143,6 +143,12 @@ class Daemon:
         for carrier in self._dialers.values():
             carrier.wake()
 
+    def send(self) -> None:
+        for carrier in self._carriers:
+            carrier.send_now()
+        for carrier in self._dialers.values():
+            carrier.send_now()
+
     # -- life
 
     async def run(self) -> None:
@@ -214,6 +220,7 @@ class Daemon:
             memory_source=self._memory_source,
             on_refused=self._on_refused,
             wake=self.wake,
+            send=self.send,
         )
         self.sessions = Sessions(
             self.relay,
@@ -274,6 +281,8 @@ class Daemon:
             authorise=self._authorise,
             random_bytes=os.urandom,
             on_refused=self._on_handshake_refused,
+            max_datagram=LOOPBACK_DATAGRAM,
+            datagram_for=datagram_for,
             instance=len(self._endpoints) & 0xFF,
             cid_key=self._secrets[:32],
             reset_key=self._secrets[32:],

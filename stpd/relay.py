@@ -88,10 +88,12 @@ class Relay:
         memory_source: bytes,
         on_refused: Callable[[str, RefusedCode, str], None] = lambda node, code, reason: None,
         wake: Callable[[], None] = lambda: None,
+        send: Callable[[], None] = lambda: None,
     ) -> None:
         """*memory_source*: 16 random bytes per process; it numbers the records of memory classes.
 
-        *on_refused(node, code, reason)* hears of refusals worth a log line; *wake* makes the carriers flush.
+        *on_refused(node, code, reason)* hears of refusals worth a log line; *wake* makes the carriers send
+        soon, *send* at once.
         """
         self.store = store
         self.classes = classes
@@ -104,6 +106,7 @@ class Relay:
         self._memory_numbers = dict.fromkeys(LANES, 0)
         self._on_refused = on_refused
         self._wake = wake
+        self._send = send
         self._waiters: dict[int, deque[_Waiter]] = {lane: deque() for lane in LANES}
         self._dirty: dict[int, Link] = {}
         store.on_commit = self._committed
@@ -267,7 +270,8 @@ class Relay:
         for lane in {one.lane for one in stored}:
             for feed in self.feeds[lane]:
                 feed.pump(lane)
-        self.flush()
+        self._tell()
+        self._send()
 
     def attach(self, feed: Feed, lanes: Iterable[int]) -> None:
         """From now on *feed* hears of commits on *lanes*; what waits is sent at once."""
@@ -284,10 +288,13 @@ class Relay:
 
     def flush(self) -> None:
         """Tell receipts that were gathered, and let the carriers send."""
+        self._tell()
+        self._wake()
+
+    def _tell(self) -> None:
         dirty, self._dirty = self._dirty, {}
         for link in dirty.values():
             link.flush()
-        self._wake()
 
     # -- custody
 

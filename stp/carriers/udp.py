@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import socket
 import struct
 from collections import deque
@@ -34,8 +35,14 @@ DATAGRAM_BUFFER: Final = 65_536
 DRAIN_BUFFERS: Final = 64
 DRAIN_BYTES: Final = 256 * 1024
 """Buffers or bytes read in one go before timers and sends get their turn: a bulk sender idles without ACKs."""
+LOOPBACK_DATAGRAM: Final = 8_972
+"""Bytes of UDP payload between two processes of one host, whose path is known: a packet costs what it costs, small
+or large. What we say we can receive (`max_datagram`) is no less."""
 RESOLVE_TIMEOUT: Final = 5.0
 """Seconds that a name may take."""
+
+IP_UDP_HEADERS: Final = 48
+"""IPv6 and UDP."""
 
 # linux/udp.h, linux/in.h, linux/in6.h: Python names none of these
 SOL_UDP: Final = 17
@@ -73,6 +80,24 @@ class UdpStatistics:
     send_buffer: int = 0
     errors: dict[str, int] = field(factory=dict)
     """Sends and receives that failed, by errno name."""
+
+
+def datagram_for(addr: Address) -> int:
+    """For `EndpointConfig.datagram_for`: what full packets to this address may have, in bytes of UDP payload."""
+    host = addr[0].removeprefix("::ffff:")
+    if (host == "::1" or host.startswith("127.")) and _loopback_carries(LOOPBACK_DATAGRAM):
+        return LOOPBACK_DATAGRAM
+    return BASE_DATAGRAM
+
+
+@functools.cache
+def _loopback_carries(size: int) -> bool:
+    """Is the loopback device's MTU what it always is, 65,536? Somebody may have changed it."""
+    try:
+        with open("/sys/class/net/lo/mtu", encoding="ascii") as file:
+            return int(file.read()) >= size + IP_UDP_HEADERS
+    except (OSError, ValueError):
+        return False
 
 
 class UdpCarrier:
@@ -164,6 +189,18 @@ class UdpCarrier:
         if not self._in_turn and self._endpoint.has_work:
             self._wakeup.set()
 
+    def send_now(self) -> None:
+        """As `wake`, for owners who know that nothing more follows at once: what is queued leaves before this
+        returns, which spares a turn of the event loop."""
+        endpoint = self._endpoint
+        if self._in_turn or self._closed or not endpoint.has_work:
+            return
+        if endpoint.has_news:
+            self._wakeup.set()
+            return
+        self._flush(trio.current_time())
+        self._advance_timer()
+
     def close(self) -> None:
         """Sends what is due (a CLOSE, as a rule) and closes the socket; `run` returns."""
         if self._closed:
@@ -191,9 +228,12 @@ class UdpCarrier:
             now = trio.current_time()
             self._drain(now)
             self._turn(now)
-            due = self._endpoint.next_timeout()
-            if due is not None and due < self._timer.deadline:
-                self._timer.deadline = due
+            self._advance_timer()
+
+    def _advance_timer(self) -> None:
+        due = self._endpoint.next_timeout()
+        if due is not None and due < self._timer.deadline:
+            self._timer.deadline = due
 
     async def _timer_loop(self) -> None:
         while not self._closed:
