@@ -22,7 +22,7 @@ from typing import Any, Final
 import trio
 from attrs import define, evolve
 
-from stp.carriers.udp import UdpCarrier
+from stp.carriers.udp import LOOPBACK_DATAGRAM, UdpCarrier, datagram_for
 from stp.control import Goaway, Hello
 from stp.core.endpoint import Endpoint, EndpointConfig
 from stp.core.errors import ErrorCode, StpError
@@ -204,6 +204,8 @@ class Connection:
                 leaf_der=self._contexts.leaf_der,
                 network_keys=self._network_keys,
                 random_bytes=os.urandom,
+                max_datagram=LOOPBACK_DATAGRAM,
+                datagram_for=datagram_for,
                 keepalive=self._keepalive,
             )
         )

@@ -12,7 +12,7 @@ import trio
 from attrs import define, field
 
 from stp.carriers import udp
-from stp.carriers.udp import UdpCarrier
+from stp.carriers.udp import LOOPBACK_DATAGRAM, UdpCarrier, datagram_for
 
 pytestmark = pytest.mark.real
 
@@ -361,3 +361,18 @@ async def test_a_burst_of_bulk_does_not_starve_the_timers(nursery: trio.Nursery)
     await far.wait(300)
     assert turns >= 300 // udp.DRAIN_BUFFERS
     b.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "size"),
+    [
+        ("127.0.0.1", LOOPBACK_DATAGRAM),
+        ("::1", LOOPBACK_DATAGRAM),
+        ("::ffff:127.0.0.9", LOOPBACK_DATAGRAM),
+        ("192.0.2.1", 1200),
+        ("2001:db8::1", 1200),
+        ("::ffff:192.0.2.1", 1200),
+    ],
+)
+def test_only_the_loopback_is_known_to_carry_more(host: str, size: int) -> None:
+    assert datagram_for((host, 9000)) == size

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import trio
 from attrs import define, field
 
+from stp.core.path import BASE_DATAGRAM
+
 if TYPE_CHECKING:
     from stp.core.dataspace import Transmit
     from stp.core.endpoint import Endpoint

@@ -70,6 +70,8 @@ class EndpointConfig:
     """Bytes of UDP payload that we are ready to receive."""
     datagram: int = BASE_DATAGRAM
     """Bytes of UDP payload of our full packets."""
+    datagram_for: Callable[[Any], int] | None = None
+    """The same by address, where the driver knows that a path carries more; it wins over `datagram`."""
     keepalive: float = KEEPALIVE
     dead_time: float = DEAD_TIME
     handshake_deadline: float = HANDSHAKE_DEADLINE
@@ -158,7 +160,7 @@ class Endpoint:
             reset_token=self._reset_token,
             on_refused=config.on_refused,
             node_token=self._node_token if config.accept else None,
-            datagram=config.datagram,
+            datagram_for=config.datagram_for or (lambda addr: config.datagram),
             keepalive=config.keepalive,
             dead_time=config.dead_time,
         )

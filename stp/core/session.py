@@ -112,7 +112,8 @@ class SessionContext:
     """A listener's session ended before it was ESTABLISHED; its owner never hears of it otherwise."""
     node_token: Callable[[PeerIdentity, float], bytes] | None = None
     """Makes a NEW_TOKEN; listeners only."""
-    datagram: int = BASE_DATAGRAM
+    datagram_for: Callable[[Any], int] = lambda addr: BASE_DATAGRAM
+    """Bytes of UDP payload of full packets to this address."""
     keepalive: float = KEEPALIVE
     dead_time: float = DEAD_TIME
 
@@ -165,7 +166,7 @@ class Session:
         """The endpoint's: when its heap of timers will look at this session."""
         self.in_ready = False
         self.in_to_send = False
-        self._path = Path(addr, context.datagram)
+        self._path = Path(addr, context.datagram_for(addr))
         self._streams = StreamSet(dialling, context.budget)
         self._data: DataSpace | None = None
         self._early: list[bytes] | None = None
