@@ -188,8 +188,12 @@ class UdpCarrier:
 
         It costs nothing when nothing was queued here, and within `on_ready`, after which all is sent anyhow.
         """
-        if not self._in_turn and self._endpoint.has_work:
+        if self._in_turn:
+            return
+        if self._endpoint.has_work:
             self._wakeup.set()
+        else:
+            self._advance_timer()
 
     def send_now(self) -> None:
         """As `wake`, for owners who know that nothing more follows at once: what is queued leaves before this
