@@ -83,6 +83,11 @@ class Result:
     p50_ms: float | None = None
     p99_ms: float | None = None
 
+    @property
+    def bad(self) -> int:
+        """Messages that did not arrive once, in order and undamaged."""
+        return self.lost + self.duplicated + self.reordered + self.corrupt
+
 
 class End:
     """A publisher or subscriber as a process."""
@@ -173,7 +178,11 @@ def run_once(options: Options) -> Result:
         with (directory / "ends.log").open("wb") as log:
             ends = [End("subscribe", plan, log), End(role, sender, log)]
             try:
-                return measure(plan, ends[0], ends[1], gateway, hub)
+                found = measure(plan, ends[0], ends[1], gateway, hub)
+                if found.bad:
+                    logs = [tail(log.name), gateway.tail(), hub.tail()]
+                    print(*logs, sep="\n--\n", file=sys.stderr, flush=True)
+                return found
             finally:
                 for end in ends:
                     end.kill()
