@@ -45,9 +45,13 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+INTERRUPTS: Final = frozenset({signal.SIGINT, signal.SIGTERM})
+
+
 def die_with_parent() -> None:
     """Run in a child before its program: when the demo is killed, so is everything that it started."""
     LIBC.prctl(DEATH_SIGNAL, signal.SIGKILL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
 
 
 class Fleet:
@@ -98,6 +102,14 @@ class Fleet:
         raise Failed("\n".join([f"{name} did not become ready; the end of its log:", *last]))
 
     def _spawn(self, name: str, words: list[str]) -> subprocess.Popen[bytes]:
+        # Python swallows a Ctrl-C that hits a fork: it waits until the fork is over.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+        try:
+            return self._fork(name, words)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _fork(self, name: str, words: list[str]) -> subprocess.Popen[bytes]:
         with (self.home / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
                 [str(BIN / words[0]), *words[1:]],
