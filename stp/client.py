@@ -513,10 +513,7 @@ class Client:
             connection=self._connection.statistics(),
             lanes=self._publisher.statistics(),
             inbox=self._inbox.statistics(),
-            readers={
-                reader.wanted.name or reader.wanted.id: reader.inbox.statistics()
-                for reader in self._readers.values()
-            },
+            readers={r.wanted.name or r.wanted.id: r.inbox.statistics() for r in self._readers.values()},
             refused_messages=self._refused_messages,
             late_replies=self._requests.late,
             unfinished=self._publisher.unfinished,
