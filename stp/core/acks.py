@@ -21,6 +21,8 @@ MAX_ACK_DELAY: Final = 0.025
 ACK_EVERY: Final = 2
 """Ack-eliciting packets that make an ACK due at once (RFC 9000 §13.2.2)."""
 MAX_RANGES: Final = MAX_ACK_RANGES + 1
+MAX_SPAN: Final = 0xFFFFFFFF
+"""Numbers from the lowest to the highest of one ACK, whose gaps and lengths are u32. A peer may leave out more."""
 PRUNE_RANGES: Final = 8
 """Ranges above which an ACK-only packet asks to be acknowledged itself, so that old ranges can be forgotten."""
 
@@ -93,7 +95,11 @@ class AckTracker:
         self._urgent = False
         self.deadline = None
         delay_us = int((now - self._largest_at) * 1e6)
-        return encode_ack(max(delay_us, 0), self._ranges.pairs()[::-1])
+        pairs = self._ranges.pairs()
+        if self.next - pairs[0][0] > MAX_SPAN:
+            self._ranges.discard_below(self.next - MAX_SPAN)
+            pairs = self._ranges.pairs()
+        return encode_ack(max(delay_us, 0), pairs[::-1])
 
     def on_acked(self, largest: object) -> None:
         """The peer has our ACK up to `largest`: older ranges need not be told again (RFC 9000 §13.2.4)."""

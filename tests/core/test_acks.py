@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stp.core.acks import ACK_EVERY, MAX_ACK_DELAY, MAX_RANGES, PRUNE_RANGES, AckTracker
+from stp.core.acks import ACK_EVERY, MAX_ACK_DELAY, MAX_RANGES, MAX_SPAN, PRUNE_RANGES, AckTracker
 from stp.core.frames import parse_ack
 from stp.core.packet import PN_WINDOW
 
@@ -138,6 +138,21 @@ def test_ranges_are_bounded_and_the_newest_stay() -> None:
     found = ranges(acks)
     assert len(found) == MAX_RANGES
     assert found[0] == (998, 999)
+
+
+@pytest.mark.parametrize("top", [MAX_SPAN - 1, MAX_SPAN, MAX_SPAN + 3, (1 << 62) - 1])
+def test_what_an_ack_cannot_say_is_forgotten(top: int) -> None:
+    """Its gaps and lengths are u32; a peer may leave out any number of numbers."""
+    acks = AckTracker()
+    receive(acks, 0, 1, 2, 5, top)
+    acks.on_eliciting(1, 1.0)
+    lowest = top + 1 - MAX_SPAN
+    told = [(low, high) for low, high in ((0, 3), (5, 6)) if high > lowest]
+    expected = [(top, top + 1), *[(max(low, lowest), high) for low, high in reversed(told)]]
+    assert ranges(acks) == expected
+    long = AckTracker()
+    long.on_run(0, top + 1, 1.0)
+    assert ranges(long) == [(max(0, lowest), top + 1)]
 
 
 def test_acknowledged_acks_are_forgotten() -> None:
