@@ -29,7 +29,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.core.wire stp.core.packet stp.core.frames stp.core.crypto_stream stp.core.streams stp.core.recovery",
     "stp.core.keys stp.core.params stp.core.tokens stp.core.acks stp.core.path stp.core.resets stp.core.streamset",
     "stp.core.handshake stp.core.packetizer",
-    "stp.core.events stp.core.initspace",
+    "stp.core.events stp.core.initspace stp.core.phases",
     "stp.core.dataspace",
     "stp.core.session",
     "stp.core.endpoint",

@@ -25,6 +25,7 @@ from stp.core.keys import SessionKeys
 from stp.core.packet import DATA_OVERHEAD
 from stp.core.packetizer import BULK_OVERHEAD, Opener, PacketBuilder, Sealer
 from stp.core.path import EXTRA_CIDS, CidSource, Liveness, LocalCids, Path, RemoteCids
+from stp.core.phases import KeyLimits, Phases, fail_limit, seal_limit
 from stp.core.recovery import Recovery, RttEstimator, Sent
 from stp.core.streams import WRITABLE_ROOM, SendStream
 from stp.core.streamset import MAX_DATA, MAX_STREAM_DATA, StreamSet
@@ -72,7 +73,6 @@ class DataSpace:
         "_inbox",
         "_ping",
         "_pruning",
-        "_seal_limit",
         "_to_say",
         "_wake_at",
         "acks",
@@ -82,6 +82,7 @@ class DataSpace:
         "opener",
         "pacer",
         "path",
+        "phases",
         "recovery",
         "remote_cids",
         "sealer",
@@ -101,16 +102,17 @@ class DataSpace:
         liveness: Liveness,
         cid_source: CidSource,
         random_bytes: Callable[[int], bytes],
+        key_limits: KeyLimits,
         inbox: Inbox,
     ) -> None:
         mine, theirs = (keys.client, keys.server) if dialling else (keys.server, keys.client)
         my_pn, their_pn = keys.client_pn_key, keys.server_pn_key
         if not dialling:
             my_pn, their_pn = their_pn, my_pn
-        self.sealer = Sealer(mine, my_pn, peer_cid, random_bytes)
+        self.sealer = Sealer(mine, my_pn, peer_cid, random_bytes, seal_limit(keys, key_limits))
         self.opener = Opener(theirs, their_pn, cid)
-        self.fail_limit = keys.fail_limit
-        self._seal_limit = keys.seal_limit
+        self.phases = Phases(keys, mine, theirs, key_limits, path.datagram)
+        self.fail_limit = fail_limit(keys, key_limits)
         self.acks = AckTracker()
         self.recovery = Recovery(rtt, NewReno(path.datagram))
         self.pacer = Pacer()
@@ -152,8 +154,6 @@ class DataSpace:
         )
         if opened:
             self.liveness.on_heard(now)
-        elif self.opener.failed >= self.fail_limit:
-            raise ProtocolError("too many packets that do not open", ErrorCode.AEAD_LIMIT)
         for stream, grown in touched:
             stream.merge()
             if grown and stream.id:
@@ -165,24 +165,63 @@ class DataSpace:
         self.acks.on_eliciting(eliciting, now, at_once=self._at_once)
         self._at_once = False
         if strange:
-            strange = self._other_cid(strange, now)
+            strange = self._receive_strange(strange, now)
+        if self.opener.failed >= self.fail_limit:
+            raise ProtocolError("too many packets that do not open", ErrorCode.AEAD_LIMIT)
         return strange
 
-    def _other_cid(self, strange: list[bytes], now: float) -> list[bytes]:
-        """The peer may move to any CID that we issued; the highest number so far decides which is current."""
+    def _receive_strange(self, strange: list[bytes], now: float) -> list[bytes]:
+        """Packets to another CID of ours or of another phase, one by one; what is neither is returned."""
         left = []
+        opener = self.opener
         for datagram in strange:
             cid = datagram[1:9]
-            if cid in self.local_cids.active.values() and cid != self.opener.current:
-                before = self.opener.current
-                self.opener.use_cid(cid)
-                known = self.acks.next
-                self.receive(datagram, len(datagram), now)
-                if self.acks.next == known:
-                    self.opener.use_cid(before)
+            if cid != opener.current:
+                if cid in self.local_cids.active.values():
+                    self._receive_elsewhere(datagram, cid, now)
+                else:
+                    left.append(datagram)
+            elif opener.of_other_phase(datagram):
+                self._receive_other_phase(datagram, now)
+            elif datagram[0] == opener.first_byte and len(datagram) > DATA_OVERHEAD:
+                self.receive(datagram, len(datagram), now)  # the one before it moved the phase
             else:
                 left.append(datagram)
         return left
+
+    def _receive_elsewhere(self, datagram: bytes, cid: bytes, now: float) -> None:
+        """The peer may move to any CID that we issued; the highest number so far decides which is current."""
+        before, known = self.opener.current, self.acks.next
+        self.opener.use_cid(cid)
+        self.receive(datagram, len(datagram), now)
+        if self.acks.next == known:
+            self.opener.use_cid(before)
+
+    def _receive_other_phase(self, datagram: bytes, now: float) -> None:
+        plain = self._open_other_phase(datagram, now)
+        if plain is not None:
+            self.liveness.on_heard(now)
+            eliciting = self._route(plain, now)
+            self.acks.on_eliciting(eliciting, now, at_once=self._at_once)
+            self._at_once = False
+
+    def _open_other_phase(self, datagram: bytes, now: float) -> bytes | None:
+        pto = self.recovery.rtt.pto()
+        return self.phases.open(datagram, self.opener, self.sealer, self.acks, pto, now)
+
+    def overhear(self, data: bytes, size: int, now: float) -> tuple[int, list[bytes]]:
+        """As `receive`, while closing: how many packets opened, and what they say but for stream bytes in order."""
+        opened, _, _, plain, strange = self.opener.open_buffer(data, size, {}, self.acks, now)
+        for datagram in strange:
+            if datagram[1:9] == self.opener.current and self.opener.of_other_phase(datagram):
+                try:
+                    found = self._open_other_phase(datagram, now)
+                except ProtocolError:
+                    continue  # we are closing anyhow
+                if found is not None:
+                    opened += 1
+                    plain.append(found)
+        return opened, plain
 
     def _route(self, plain: bytes, now: float) -> bool:
         """The frames of one packet, in order. Whether it asks for an ACK."""
@@ -208,6 +247,8 @@ class DataSpace:
         sealer = self.sealer
         if ranges[0][1] > sealer.next:
             raise ProtocolError("ACK of a packet that was never sent")
+        if self.phases.unanswered:
+            self.phases.on_ack(ranges[0][1], sealer)
         lowest = ranges[-1][0]
         for pn in sealer.skipped:
             if pn >= lowest and any(start <= pn < stop for start, stop in ranges):
@@ -305,14 +346,17 @@ class DataSpace:
 
     def send(self, now: float, out: list[Transmit]) -> None:
         """Append what may leave now."""
+        sealer, phases = self.sealer, self.phases
+        if sealer.next - sealer.first >= phases.packets or now >= phases.due_at:
+            phases.begin(sealer, self.recovery.largest_acked, self.recovery.rtt.pto(), now)
         self._wake_at = None
         if self._ping:
             self._ping = False
             if (
                 not self.recovery.sent
             ):  # not tracked: an idle session's silence has rules of its own (path.py)
-                self.sealer.run()
-                self._emit(self.sealer.seal(_PING), 0, out)
+                sealer.run()
+                self._emit(sealer.seal(_PING), 0, out)
         for _ in range(BURSTS_PER_TURN):
             if not self._send_next(now, out):
                 return
@@ -341,8 +385,6 @@ class DataSpace:
             self._wake_at = self.pacer.next_at
             sender = None
         run = self.sealer.run()
-        if self._seal_limit is not None and self.sealer.next >= self._seal_limit:
-            raise ProtocolError("the key has sealed its fill", ErrorCode.AEAD_LIMIT)
         if sender is not None and not control and not due:
             offset, available = sender.due(self.streams.session_room)
             if available >= path.datagram - BULK_OVERHEAD:
@@ -474,7 +516,6 @@ class DataSpace:
 
     def close_packet(self, code: int, reason: str) -> bytes:
         """One datagram with CLOSE."""
-        self.sealer.run()
         return self.sealer.seal(frames.Close(code, reason).encode())
 
     # -- the owner of what the session says, of PATH_RESPONSE, and of PINGs that prune
@@ -504,12 +545,16 @@ class DataSpace:
         other = self.acks.deadline
         if other is not None and other < due:
             due = other
+        previous = self.phases.previous
+        if previous is not None and previous.until < due:
+            due = previous.until
         other = self._wake_at
         return due if other is None or due < other else other
 
     def handle_timeout(self, now: float, dead_time: float) -> LocalCause | None:
         """Why the session is over, if it is. Sending is the caller's next step anyhow."""
         recovery = self.recovery
+        self.phases.drop(now)
         if recovery.sent and recovery.waiting_since is not None:
             if now >= self.liveness.dead_at(recovery.waiting_since, recovery.rtt.pto(), dead_time):
                 return LocalCause.DEAD_PEER

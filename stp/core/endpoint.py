@@ -18,7 +18,7 @@ from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Any, Final
 
-from attrs import define
+from attrs import Factory, define
 
 from stp.core import packet
 from stp.core.admission import (
@@ -37,6 +37,7 @@ from stp.core.initspace import HANDSHAKE_DEADLINE, ClientHandshake, FirstInit, S
 from stp.core.packet import InitPacket
 from stp.core.params import TransportParameters
 from stp.core.path import BASE_DATAGRAM, DEAD_TIME, KEEPALIVE
+from stp.core.phases import KeyLimits
 from stp.core.resets import Resetter
 from stp.core.session import Agenda, Session, SessionContext, State
 from stp.core.tokens import BAD_RETRY, NodeToken, RetryToken, TokenKeeper
@@ -82,6 +83,8 @@ class EndpointConfig:
     total_rate: float = TOTAL_RATE
     """Handshakes a second in all."""
     window_budget: int = WINDOW_BUDGET
+    key_limits: KeyLimits = Factory(KeyLimits)
+    """How long keys last (protocol §9)."""
     instance: int = 0
     """u8: which of several listeners behind one address issued a CID (protocol §8)."""
     cid_key: bytes = b""
@@ -163,6 +166,7 @@ class Endpoint:
             datagram_for=config.datagram_for or (lambda addr: config.datagram),
             keepalive=config.keepalive,
             dead_time=config.dead_time,
+            key_limits=config.key_limits,
         )
         self._by_cid: dict[bytes, Session] = {}
         self._by_init: dict[bytes, Session] = {}

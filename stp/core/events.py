@@ -98,6 +98,7 @@ class SessionStatistics:
     early_kept: int = 0
     early_dropped: int = 0
     packets_lost: int = 0
+    key_updates: int = 0
     failed_opens: int = 0
     repeated: int = 0
     rtt: float = 0.0

@@ -21,6 +21,8 @@ from stp.core.errors import HandshakeRefused, PacketError
 EXPORTER_LABEL: Final = b"EXPORTER-stp/1 master"
 MASTER_LENGTH: Final = 32
 SESSION_ID_LENGTH: Final = 16
+SECRET_LENGTH: Final = 32
+"""Of a direction in one phase, x_n."""
 NETWORK_KEY_LENGTH: Final = 32
 AES_GCM_SEAL_LIMIT: Final = 1 << 23
 """Packets sealed with one AES-GCM key (protocol §9)."""
@@ -138,9 +140,14 @@ class DirectionKeys:
         aead = Aead(expand(secret, "key", length), expand(secret, "iv", 12), chacha=suite == CHACHA)
         return cls(secret=secret, suite=suite, aead=aead)
 
+    @classmethod
+    def after(cls, secret: bytes, suite: str) -> DirectionKeys:
+        """The keys of the phase after the one of `secret`."""
+        return cls.derive(expand(secret, "ku", SECRET_LENGTH), suite)
+
     def next(self) -> DirectionKeys:
         """The keys after one key update."""
-        return DirectionKeys.derive(expand(self.secret, "ku", 32), self.suite)
+        return self.after(self.secret, self.suite)
 
 
 @define
@@ -157,7 +164,7 @@ class SessionKeys:
     @classmethod
     def derive(cls, master: bytes, suite: str) -> SessionKeys:
         """`master` is the exporter's output; `suite` the TLS name of the cipher suite."""
-        c_ap, s_ap = expand(master, "c ap", 32), expand(master, "s ap", 32)
+        c_ap, s_ap = expand(master, "c ap", SECRET_LENGTH), expand(master, "s ap", SECRET_LENGTH)
         return cls(
             suite=suite,
             client=DirectionKeys.derive(c_ap, suite),

@@ -28,6 +28,7 @@ INIT_BYTE: Final = 0xC0
 RETRY_BYTE: Final = 0xE0
 DATA_BYTE: Final = 0x40
 """First byte of a DATA packet; bit 0 is the key phase."""
+PHASE_BIT: Final = 0x01
 
 DATA_HEADER: Final = Struct("!B8sQ")  # first byte, CID, wire_pn
 DATA_HEADER_LENGTH: Final = DATA_HEADER.size

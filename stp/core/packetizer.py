@@ -1,6 +1,6 @@
 """Seals and opens DATA packets, a burst or a receive buffer at a time (protocol §2, §6). Above streams.
 
-(1) No number is used twice, and none twice with one key: `Sealer.next` only grows.
+(1) No number is used twice: `Sealer.next` only grows, over all keys. No key seals more than `Sealer.limit` packets.
 (2) A number opens once; what does not open, or opened before, changes nothing but a counter.
 (3) In the two loops there is no object, dict or log line per packet: state is in locals, and bytes in order go
     straight to their stream.
@@ -8,20 +8,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from struct import Struct
 from typing import Final
 
 from cryptography.exceptions import InvalidTag
 
 from stp.core.acks import AckTracker
+from stp.core.errors import ErrorCode, ProtocolError
 from stp.core.frames import STREAM_HEAD, STREAM_HEAD_SIZE
-from stp.core.keys import DirectionKeys
+from stp.core.keys import Aead, DirectionKeys
 from stp.core.packet import (
     DATA_BYTE,
     DATA_HEADER_LENGTH,
     DATA_OVERHEAD,
     MAX_PN,
+    PHASE_BIT,
     whitener,
 )
 from stp.core.recovery import FrameOwner
@@ -34,6 +36,12 @@ MAX_SKIP: Final = 131_072
 """Packets between two numbers that are left out on purpose (protocol §2)."""
 MAX_SKIPPED: Final = 16
 """Left-out numbers that are remembered; an ACK of an older one is no use to anybody."""
+
+CLOSE_RESERVE: Final = 64
+"""Of the packets that a key may seal, those kept for CLOSE: it answers the 1st, 2nd, 4th, … packet of a peer."""
+
+NUMBERS: Final = MAX_PN + 1
+"""How many packets one side of a session can number."""
 
 _HEADER: Final = Struct("!BQQ")  # as packet.DATA_HEADER, the CID as a number
 _MIN_PACKET: Final = DATA_OVERHEAD + 1
@@ -63,38 +71,80 @@ class PacketBuilder:
 class Sealer:
     """Our packets: keys of the phase, the peer's CID, numbers."""
 
-    __slots__ = ("_encrypt", "_iv", "_pn_key", "_prefix", "_random", "_w", "next", "skip_at", "skipped")
+    __slots__ = (
+        "_encrypt",
+        "_iv",
+        "_pn_key",
+        "_prefix",
+        "_random",
+        "_w",
+        "first",
+        "limit",
+        "next",
+        "skip_at",
+        "skipped",
+    )
 
     def __init__(
-        self, keys: DirectionKeys, pn_key: bytes, cid: bytes, random_bytes: Callable[[int], bytes]
+        self,
+        keys: DirectionKeys,
+        pn_key: bytes,
+        cid: bytes,
+        random_bytes: Callable[[int], bytes],
+        limit: int = NUMBERS,
     ) -> None:
         self._pn_key = pn_key
         self._random = random_bytes
         self.next = 0
-        self.skipped: list[int] = []
+        self.first = 0
+        """The first number of the phase."""
+        self.limit = limit
+        """Packets that one key may seal."""
+        self.skipped: Sequence[int] = ()
         """Numbers left out; an ACK that covers one is a lie."""
         self.skip_at = 0
+        """Where a run ends: a number to be left out, or the end of what the key may seal."""
         self._plan_skip()
         self._encrypt = keys.aead.encrypt
         self._iv = keys.aead.iv_int
+        self._prefix = bytes((DATA_BYTE,))
         self.use_cid(cid)
 
     def use_cid(self, cid: bytes) -> None:
-        self._prefix = bytes((DATA_BYTE,)) + cid
+        self._prefix = self._prefix[:1] + cid
         self._w = whitener(self._pn_key, cid)
+
+    def use_keys(self, aead: Aead) -> None:
+        """The other phase begins, with the next number."""
+        self._prefix = bytes((self._prefix[0] ^ PHASE_BIT,)) + self._prefix[1:]
+        self._encrypt = aead.encrypt
+        self._iv = aead.iv_int
+        self.first = self.next
 
     def _plan_skip(self) -> None:
         draw = int.from_bytes(self._random(4), "big")
-        self.skip_at = self.next + MIN_SKIP + draw % (MAX_SKIP - MIN_SKIP + 1)
+        self.skip_at = min(self.next + MIN_SKIP + draw % (MAX_SKIP - MIN_SKIP + 1), self._stop())
+
+    def _stop(self) -> int:
+        """The first number that is kept for CLOSE or that this key must not seal."""
+        return min(self.first + self.limit, NUMBERS) - CLOSE_RESERVE
 
     def run(self) -> int:
-        """How many packets may be sealed in a row from `next` on, at least one; may leave a number out."""
-        if self.next == self.skip_at:
-            self.skipped.append(self.next)
-            del self.skipped[:-MAX_SKIPPED]
-            self.next += 1
-            self._plan_skip()
+        """How many packets may be sealed in a row from `next` on, at least one; may leave a number out.
+
+        Raises ProtocolError (AEAD_LIMIT): the key, or the numbers, are used up but for CLOSE_RESERVE packets.
+        """
+        while self.next >= self.skip_at:
+            if self.next >= self._stop():
+                raise ProtocolError("the key has sealed its fill", ErrorCode.AEAD_LIMIT)
+            self.leave_out()
         return self.skip_at - self.next
+
+    def leave_out(self) -> None:
+        """Skip a number, and plan the next one to skip."""
+        self.skipped = [*self.skipped, self.next][-MAX_SKIPPED:]
+        self.next += 1
+        self._plan_skip()
 
     def seal(self, frames: bytes) -> bytes:
         """One packet. Call `run` before."""
@@ -133,13 +183,27 @@ class Sealer:
 class Opener:
     """The peer's packets: keys of the phase, our CIDs."""
 
-    __slots__ = ("_cid", "_decrypt", "_first", "_iv", "_pn_key", "_w", "current", "failed", "repeated")
+    __slots__ = (
+        "_cid",
+        "_pn_key",
+        "_w",
+        "current",
+        "decrypt",
+        "failed",
+        "first_byte",
+        "iv",
+        "lowest",
+        "repeated",
+    )
 
     def __init__(self, keys: DirectionKeys, pn_key: bytes, cid: bytes) -> None:
         self._pn_key = pn_key
-        self._first = DATA_BYTE
-        self._decrypt = keys.aead.decrypt
-        self._iv = keys.aead.iv_int
+        self.first_byte = DATA_BYTE
+        """That of the phase."""
+        self.decrypt = keys.aead.decrypt
+        self.iv = keys.aead.iv_int
+        self.lowest = 0
+        """The lowest number that opened in this phase."""
         self.failed = 0
         """Packets to a CID of ours that did not open."""
         self.repeated = 0
@@ -152,8 +216,29 @@ class Opener:
         self._cid = int.from_bytes(cid, "big")
         self._w = whitener(self._pn_key, cid)
 
+    def use_keys(self, aead: Aead, pn: int) -> None:
+        """The peer is in the other phase since packet `pn`."""
+        self.first_byte ^= PHASE_BIT
+        self.decrypt = aead.decrypt
+        self.iv = aead.iv_int
+        self.lowest = pn
+
+    def of_other_phase(self, datagram: bytes) -> bool:
+        """Whether this, to the current CID, could be a packet of the other phase."""
+        return len(datagram) >= _MIN_PACKET and datagram[0] ^ self.first_byte == PHASE_BIT
+
+    def number(self, datagram: bytes) -> int:
+        """The number of a packet to the current CID."""
+        return int.from_bytes(datagram[DATA_HEADER_LENGTH - 8 : DATA_HEADER_LENGTH], "big") ^ self._w
+
     def _out_of_order(self, pn: int, acks: AckTracker, now: float) -> bool:
-        """A packet opened that is not the next one: note it, unless its number had opened before (2)."""
+        """A packet of this phase opened that is not the next one. Whether it is to be taken."""
+        if pn < self.lowest:
+            self.lowest = pn
+        return self.note(pn, acks, now)
+
+    def note(self, pn: int, acks: AckTracker, now: float) -> bool:
+        """A packet opened: tell `acks`, unless its number had opened before (2)."""
         if pn > MAX_PN or not acks.fresh(pn):
             self.repeated += 1
             return False
@@ -172,7 +257,7 @@ class Opener:
         streams (`merge` them) and by how much `highest` grew; other plaintexts; datagrams to another CID or phase.
         """
         header, head = _HEADER.unpack_from, STREAM_HEAD.unpack_from
-        decrypt, iv, cid, first, w = self._decrypt, self._iv, self._cid, self._first, self._w
+        decrypt, iv, cid, first, w = self.decrypt, self.iv, self._cid, self.first_byte, self._w
         run = expected = acks.next
         touched: list[tuple[RecvStream, int]] = []
         rest: list[bytes] = []

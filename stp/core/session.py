@@ -18,7 +18,7 @@ from enum import Enum, auto
 from hmac import compare_digest
 from typing import Any, Final
 
-from attrs import define
+from attrs import Factory, define
 
 from stp.core import frames
 from stp.core.dataspace import DataSpace, Transmit
@@ -37,6 +37,7 @@ from stp.core.path import (
     Liveness,
     Path,
 )
+from stp.core.phases import KeyLimits
 from stp.core.recovery import MAX_GUESS, RttEstimator
 from stp.core.streams import DEFAULT_WEIGHT
 from stp.core.streamset import StreamSet
@@ -116,6 +117,7 @@ class SessionContext:
     """Bytes of UDP payload of full packets to this address."""
     keepalive: float = KEEPALIVE
     dead_time: float = DEAD_TIME
+    key_limits: KeyLimits = Factory(KeyLimits)
 
 
 class Session:
@@ -275,6 +277,7 @@ class Session:
         found, data = self._counts, self._data
         if data is not None:
             found.packets_lost = data.recovery.lost_packets
+            found.key_updates = data.phases.updates
             found.failed_opens, found.repeated = data.opener.failed, data.opener.repeated
             found.rtt, found.rtt_var = data.recovery.rtt.smoothed, data.recovery.rtt.var
             found.cwnd, found.in_flight = data.recovery.congestion.cwnd, data.recovery.in_flight
@@ -488,6 +491,7 @@ class Session:
             liveness=Liveness(context.keepalive + (0 if self.dialling else LISTENER_PATIENCE), now),
             cid_source=context.cid_source,
             random_bytes=context.random_bytes,
+            key_limits=context.key_limits,
             inbox=self,
         )
         if self.dialling:
@@ -506,6 +510,7 @@ class Session:
         assert self.peer is not None
         assert self._data is not None
         self._enter(Input.PROOF)
+        self._data.phases.confirm(now)
         self.handshake = None
         before = list(self._events)
         self._events.clear()
@@ -563,7 +568,7 @@ class Session:
 
     def _answer_with_close(self, space: DataSpace, data: bytes, size: int, now: float) -> None:
         """Packets while CLOSING: look only for the peer's CLOSE, and repeat ours ever more rarely (4)."""
-        opened, _, _, plain, _ = space.opener.open_buffer(data, size, {}, space.acks, now)
+        opened, plain = space.overhear(data, size, now)
         for packet in plain:
             try:
                 said = frames.decode(packet)

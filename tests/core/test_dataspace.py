@@ -11,6 +11,7 @@ from stp.core.dataspace import MAX_PATH_ANSWERS, Transmit
 from stp.core.errors import ErrorCode, LocalCause
 from stp.core.events import StreamOpened, StreamReset, StreamStopped, StreamWritable
 from stp.core.flow import STREAM_WINDOW
+from stp.core.packetizer import CLOSE_RESERVE
 from stp.core.path import DEAD_TIME, KEEPALIVE, MAX_UNANSWERED, PING_REPEAT
 from stp.core.session import State
 from stp.core.streams import SEND_BUFFER, WRITABLE_ROOM
@@ -46,7 +47,7 @@ class Talk:
             if origin != source.addr or data[1:9] != opener.current:
                 continue
             pn = int.from_bytes(data[9:17], "big") ^ opener._w
-            plain = opener._decrypt((opener._iv ^ pn).to_bytes(12, "big"), data[17:], data[:17])
+            plain = opener.decrypt((opener.iv ^ pn).to_bytes(12, "big"), data[17:], data[:17])
             out.append(frames.decode(plain))
         return out
 
@@ -333,6 +334,9 @@ def test_garbage_to_another_cid_of_ours_moves_nothing() -> None:
     assert talk.peer.statistics().failed_opens == 1
     other_phase = b"\x41" + before + bytes(60)
     talk.net.inject(other_phase, source=talk.edge, to=talk.hub)
+    assert talk.peer.statistics().failed_opens == 2
+    neither_phase = b"\x42" + before + bytes(60)
+    talk.net.inject(neither_phase, source=talk.edge, to=talk.hub)
     assert talk.hub.endpoint.statistics().dropped_unknown_cid == 1
 
 
@@ -380,7 +384,8 @@ def test_a_key_that_has_sealed_its_fill() -> None:
     talk = Talk()
     space = talk.peer._data
     assert space is not None
-    space._seal_limit = space.sealer.next
+    space.sealer.limit = space.sealer.next + CLOSE_RESERVE
+    space.sealer.skip_at = space.sealer.next
     talk.peer.write(0, b"x")
     talk.net.run_for(0.5)
     closed = talk.hub.closed(talk.peer)
