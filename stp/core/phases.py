@@ -161,9 +161,8 @@ class Phases:
         assert self._next is not None
         if pn < acks.next:
             raise ProtocolError("an old key with a higher number", ErrorCode.KEY_UPDATE)
-        if (
-            not self.unanswered and sealer.next == sealer.first
-        ):  # then we have acknowledged nothing of this phase
+        if not self.unanswered and sealer.next == sealer.first:
+            # What we have sent nothing in, we have acknowledged nothing of.
             raise ProtocolError("an update before the last one was answered", ErrorCode.KEY_UPDATE)
         self.previous = Previous(opener.decrypt, opener.iv, now + KEEP_PTOS * pto)
         opener.use_keys(self._next.aead, pn)

@@ -434,6 +434,27 @@ def test_a_used_up_phase_is_followed_by_the_next(limits: KeyLimits) -> None:
     assert pair.session.statistics().failed_opens == pair.peer.statistics().failed_opens == 0
 
 
+@pytest.mark.parametrize("end", ["session", "peer"])
+def test_a_phase_ends_after_two_to_the_twenty_packets(end: str) -> None:
+    """The protocol's own limit; what is near it was not sent, only numbered."""
+    pair = Pair()
+    chosen = getattr(pair, end)
+    chosen._data.sealer.next = UPDATE_PACKETS - 30
+    chosen._data.sealer.skip_at = UPDATE_PACKETS * 2
+    sent = 0
+    while chosen._data.sealer.next < UPDATE_PACKETS:
+        assert pair.updates() == (0, 0)
+        chosen.write(0, bytes(1000))
+        pair.net.run_for(0.1)
+        sent += 1
+    assert sent >= 10
+    for _ in range(10):
+        chosen.write(0, bytes(1000))
+        pair.net.run_for(0.1)
+    assert pair.updates() == (1, 1)
+    assert chosen._data.sealer.first >= UPDATE_PACKETS
+
+
 def test_an_idle_session_updates_with_its_pings() -> None:
     """By age; the previous keys go without any traffic."""
     pair = Pair(KeyLimits(seconds=60.0))
