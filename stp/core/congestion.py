@@ -1,12 +1,12 @@
 """How much may be under way, and how fast it leaves: NewReno and pacing (RFC 9002 §7, appendix B). Floor 2.
 
-A controller is asked for `cwnd` and `slow_start` and told of acknowledged and lost bytes; recovery counts what is in
-flight. Another controller needs the same five methods and nothing else.
+A controller (`Congestion`) is asked for its window and told of round trips, of acknowledged bytes and of losses;
+recovery counts what is in flight. CUBIC, the default, fills the same methods in cubic.py.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Protocol
 
 K_INITIAL_WINDOW_PACKETS: Final = 10
 K_INITIAL_WINDOW_BYTES: Final = 14_720
@@ -28,6 +28,38 @@ CATCH_UP: Final = 0.002
 """Seconds of pacing credit kept when the timer was late or the application slow."""
 
 
+class Congestion(Protocol):
+    """What recovery and pacing know of a controller. Times are seconds. Called per ACK, never per packet."""
+
+    cwnd: int
+    """Bytes that may be in flight."""
+    recovery_start: float
+    """When the window was last reduced: what left at that time or before neither grows nor reduces it again."""
+
+    @property
+    def slow_start(self) -> bool: ...
+
+    def on_sample(self, latest: float, sent_at: float, now: float) -> None:
+        """A round trip took `latest`, the peer's delay included, for what left at `sent_at`."""
+
+    def on_acked(self, size: int, smoothed: float, now: float) -> None:
+        """`size` bytes that left after `recovery_start` arrived; 0 if the window was not in use (RFC 9002 §7.8)."""
+
+    def on_congestion(self, sent_at: float, now: float) -> None:
+        """Something that left at `sent_at` was lost, the newest of what is known by now."""
+
+    def on_persistent_congestion(self) -> None:
+        """Nothing arrived for so long that all is to be found out again (RFC 9002 §7.6)."""
+
+
+def initial_window(packet: int) -> int:
+    """RFC 9002 §7.2, for packets of `packet` bytes."""
+    return min(
+        K_INITIAL_WINDOW_PACKETS * packet,
+        max(K_INITIAL_WINDOW_BYTES, K_MINIMUM_WINDOW_PACKETS * packet),
+    )
+
+
 class NewReno:
     """RFC 9002 appendix B."""
 
@@ -35,11 +67,7 @@ class NewReno:
 
     def __init__(self, packet: int) -> None:
         self._packet = packet
-        self.cwnd = min(
-            K_INITIAL_WINDOW_PACKETS * packet,
-            max(K_INITIAL_WINDOW_BYTES, K_MINIMUM_WINDOW_PACKETS * packet),
-        )
-        """Bytes that may be in flight."""
+        self.cwnd = initial_window(packet)
         self.ssthresh: float = float("inf")
         self.recovery_start = -1.0
 
@@ -47,22 +75,23 @@ class NewReno:
     def slow_start(self) -> bool:
         return self.cwnd < self.ssthresh
 
-    def on_acked(self, size: int, sent_at: float) -> None:
-        """`size` bytes sent at `sent_at` arrived while the window was in use (RFC 9002 §7.3)."""
-        if sent_at <= self.recovery_start:
-            return
+    def on_sample(self, latest: float, sent_at: float, now: float) -> None:
+        """Of no interest here."""
+
+    def on_acked(self, size: int, smoothed: float, now: float) -> None:
+        """RFC 9002 §7.3."""
         if self.cwnd < self.ssthresh:
             self.cwnd += size
         else:
             self.cwnd += self._packet * size // self.cwnd
 
     def on_congestion(self, sent_at: float, now: float) -> None:
-        """Something sent at `sent_at` was lost: one reduction per round trip (RFC 9002 §7.3.2)."""
+        """One reduction per round trip (RFC 9002 §7.3.2)."""
         if sent_at <= self.recovery_start:
             return
         self.recovery_start = now
-        self.ssthresh = self.cwnd * K_LOSS_REDUCTION_FACTOR
-        self.cwnd = max(int(self.ssthresh), K_MINIMUM_WINDOW_PACKETS * self._packet)
+        self.cwnd = max(int(self.cwnd * K_LOSS_REDUCTION_FACTOR), K_MINIMUM_WINDOW_PACKETS * self._packet)
+        self.ssthresh = self.cwnd
 
     def on_persistent_congestion(self) -> None:
         """RFC 9002 §7.6.2."""

@@ -17,7 +17,7 @@ from attrs import define
 
 from stp.core import frames
 from stp.core.acks import AckTracker
-from stp.core.congestion import NewReno, Pacer, burst_packets, pacing_rate
+from stp.core.congestion import Congestion, Pacer, burst_packets, pacing_rate
 from stp.core.errors import ErrorCode, FrameEncodingError, LocalCause, ProtocolError
 from stp.core.events import Event, StreamOpened, StreamReset, StreamStopped, StreamWritable
 from stp.core.frames import STREAM_HEAD, STREAM_HEAD_SIZE, STREAM_LENGTH_HEAD, STREAM_LENGTH_HEAD_SIZE
@@ -101,6 +101,7 @@ class DataSpace:
         streams: StreamSet,
         liveness: Liveness,
         cid_source: CidSource,
+        congestion: Callable[[int], Congestion],
         random_bytes: Callable[[int], bytes],
         key_limits: KeyLimits,
         inbox: Inbox,
@@ -114,7 +115,7 @@ class DataSpace:
         self.phases = Phases(keys, mine, theirs, key_limits, path.datagram)
         self.fail_limit = fail_limit(keys, key_limits)
         self.acks = AckTracker()
-        self.recovery = Recovery(rtt, NewReno(path.datagram))
+        self.recovery = Recovery(rtt, congestion(path.datagram))
         self.pacer = Pacer()
         self.path = path
         self.streams = streams

@@ -29,6 +29,8 @@ from stp.core.admission import (
     Admission,
     address_key,
 )
+from stp.core.congestion import Congestion, NewReno
+from stp.core.cubic import Cubic
 from stp.core.dataspace import Transmit
 from stp.core.errors import ErrorCode, PacketError, UsageError
 from stp.core.flow import WindowBudget
@@ -42,6 +44,8 @@ from stp.core.resets import Resetter
 from stp.core.session import Agenda, Session, SessionContext, State
 from stp.core.tokens import BAD_RETRY, NodeToken, RetryToken, TokenKeeper
 
+CONTROLLERS: Final[dict[str, Callable[[int], Congestion]]] = {"cubic": Cubic, "newreno": NewReno}
+"""By the names that EndpointConfig.congestion may have."""
 WINDOW_BUDGET: Final = 256 * 1024 * 1024
 """Bytes by which the windows of all sessions may grow together."""
 MAX_ANSWERS: Final = 1024
@@ -67,6 +71,8 @@ class EndpointConfig:
     authorise: Callable[[PeerIdentity], str | None] = allow
     random_bytes: Callable[[int], bytes]
     on_refused: Callable[[Any, PeerIdentity | None, str], None] | None = None
+    congestion: str = "cubic"
+    """Which controller new sessions have, one of CONTROLLERS."""
     max_datagram: int = 1472
     """Bytes of UDP payload that we are ready to receive."""
     datagram: int = BASE_DATAGRAM
@@ -134,9 +140,11 @@ class _Unfinished:
 
 
 class Endpoint:
-    """Sessions over one socket, dialled and accepted."""
+    """Sessions over one socket, dialled and accepted. UsageError for a configuration that cannot be."""
 
     def __init__(self, config: EndpointConfig) -> None:
+        if config.congestion not in CONTROLLERS:
+            raise UsageError(f"congestion {config.congestion!r}: one of {', '.join(CONTROLLERS)} is wanted")
         random_bytes = config.random_bytes
         self._config = config
         self._cid_key = config.cid_key or random_bytes(32)
@@ -158,6 +166,7 @@ class Endpoint:
             agenda=self._agenda,
             cid_source=self._new_cid_and_token,
             random_bytes=random_bytes,
+            congestion=CONTROLLERS[config.congestion],
             budget=WindowBudget(config.window_budget),
             on_cids=self._on_cids,
             reset_token=self._reset_token,

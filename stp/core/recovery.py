@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, Protocol
 
-from stp.core.congestion import NewReno
+from stp.core.congestion import Congestion
 
 K_PACKET_THRESHOLD: Final = 3
 K_TIME_THRESHOLD: Final = 9 / 8
@@ -199,7 +199,7 @@ class Recovery:
         "waiting_since",
     )
 
-    def __init__(self, rtt: RttEstimator, congestion: NewReno) -> None:
+    def __init__(self, rtt: RttEstimator, congestion: Congestion) -> None:
         self.rtt = rtt
         self.congestion = congestion
         self.sent: list[Sent] = []
@@ -260,7 +260,9 @@ class Recovery:
         if not acked:
             return False
         if newest is not None:
-            self.rtt.on_sample(max(now - newest.time, 1e-6), ack_delay)
+            latest = max(now - newest.time, 1e-6)
+            self.rtt.on_sample(latest, ack_delay)
+            self.congestion.on_sample(latest, newest.time, now)
         self.in_flight -= acked
         self.pto_count = 0
         self.probes = 0
@@ -269,11 +271,18 @@ class Recovery:
         else:
             self._loss_at = None
             del self.sent[:looked]
-        if not self.app_limited:
-            for size, sent_at in arrived:  # after the losses, as in RFC 9002 appendix A.7
-                self.congestion.on_acked(size, sent_at)
+        self._grow(arrived, now)  # after the losses, as in RFC 9002 appendix A.7
         self.waiting_since = now if self.sent else None
         return True
+
+    def _grow(self, arrived: list[tuple[int, float]], now: float) -> None:
+        """Tell congestion control of bytes and when they were sent, in one word."""
+        start = self.congestion.recovery_start
+        size = sum([size for size, sent_at in arrived if sent_at > start])
+        if self.app_limited:
+            self.congestion.on_acked(0, self.rtt.smoothed, now)
+        elif size:
+            self.congestion.on_acked(size, self.rtt.smoothed, now)
 
     def _detect_lost(self, now: float, after: float, before: float) -> None:
         """RFC 9002 §6.1. Losses sent between `after` and `before` may make persistent congestion (§7.6)."""

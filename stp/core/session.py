@@ -21,6 +21,7 @@ from typing import Any, Final
 from attrs import Factory, define
 
 from stp.core import frames
+from stp.core.congestion import Congestion
 from stp.core.dataspace import DataSpace, Transmit
 from stp.core.errors import ErrorCode, LocalCause, PacketError, ProtocolError, UsageError
 from stp.core.events import Connected, Event, NewToken, SessionClosed, SessionStatistics, StreamReadable
@@ -105,6 +106,8 @@ class SessionContext:
     agenda: Agenda
     cid_source: CidSource
     random_bytes: Callable[[int], bytes]
+    congestion: Callable[[int], Congestion]
+    """Makes a controller for packets of so many bytes."""
     budget: WindowBudget
     on_cids: Callable[[Session, list[bytes], list[bytes]], None]
     """(session, CIDs made, CIDs gone): where datagrams are to be routed."""
@@ -490,6 +493,7 @@ class Session:
             streams=self._streams,
             liveness=Liveness(context.keepalive + (0 if self.dialling else LISTENER_PATIENCE), now),
             cid_source=context.cid_source,
+            congestion=context.congestion,
             random_bytes=context.random_bytes,
             key_limits=context.key_limits,
             inbox=self,

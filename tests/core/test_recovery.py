@@ -230,6 +230,21 @@ def test_an_unused_window_does_not_grow() -> None:
     assert rec.congestion.cwnd == 12_000
 
 
+def test_only_what_left_after_the_reduction_grows_the_window() -> None:
+    """RFC 9002 §7.3.2: of an ACK for both, only the later part."""
+    rec, owner = recovery(), Owner()
+    for n in range(6):
+        send(rec, owner, n, 1.0 + 0.01 * n)
+    rec.on_ack([(3, 4)], 0.0, 1.06)  # packet 0 is lost
+    assert (rec.congestion.cwnd, rec.congestion.recovery_start) == (6000, 1.06)
+    rec.on_ack([(1, 6)], 0.0, 1.065)
+    assert rec.congestion.cwnd == 6000
+    send(rec, owner, 6, 1.07)
+    send(rec, owner, 7, 1.08, size=6000)
+    rec.on_ack([(1, 8)], 0.0, 1.2)
+    assert rec.congestion.cwnd == 6000 + 1200 * 6100 // 6000
+
+
 @pytest.mark.parametrize(("seconds", "collapses"), [(1.0, True), (0.3, False)])
 def test_persistent_congestion(seconds: float, collapses: bool) -> None:
     """RFC 9002 §7.6: everything lost over three PTOs."""
