@@ -207,6 +207,13 @@ class Network:
     def both(self, a: Host, b: Host) -> tuple[Conditions, Conditions]:
         return self.link(a, b), self.link(b, a)
 
+    def share(self, to: Host, *sources: Host) -> Conditions:
+        """One link and one queue for all of `sources` on their way to `to`."""
+        link = self.link(sources[0], to)
+        for source in sources[1:]:
+            self._links[source.addr, to.addr] = link
+        return link
+
     # -- running
 
     def run(self, until: Callable[[], bool], *, limit: float = 30.0) -> float:
