@@ -157,7 +157,6 @@ class Cubic:
         self._epoch_start = now
         if self._W_max <= cwnd:  # not known, or smaller windows are not allowed
             self._W_max = cwnd
-            self._cwnd_prior = max(cwnd, self._cwnd_prior)
         self._K = cbrt((self._W_max - cwnd) / C)
 
     def _W_cubic(self, t: float) -> float:  # noqa: N802
@@ -172,11 +171,11 @@ class Cubic:
         self._W_max = cwnd * (1 + BETA_CUBIC) / 2 if cwnd < self._W_max else cwnd  # fast convergence
         self.cwnd = max(int(self.cwnd * BETA_CUBIC), K_MINIMUM_WINDOW_PACKETS * self._packet)
         self.ssthresh = self.cwnd
-        self._epoch_start = self._unused_since = -1.0
+        self._epoch_start = -1.0
 
     def on_persistent_congestion(self) -> None:
         """RFC 9002 §7.6.2; RFC 9438 §4.8."""
         self.cwnd = K_MINIMUM_WINDOW_PACKETS * self._packet
         self.recovery_start = -1.0
         self._W_max = 0.0
-        self._epoch_start = self._unused_since = -1.0
+        self._epoch_start = -1.0

@@ -57,8 +57,24 @@ def test_the_window_never_falls_below_two_packets() -> None:
     cubic = reduced(3)
     cubic.on_congestion(5.0, 6.0)
     assert cubic.cwnd == 2000
-    cubic.on_acked(2000, 0.03, 7.0)  # the window is above W_max = 0.85 × 2.1 here: K is 0, not complex
+    cubic.on_acked(2000, 0.03, 7.0)
     assert cubic.cwnd == 2529
+    assert (cubic._W_max, cubic._K) == (2.0, 0.0)  # not 0.85 × 2.1, below the window: the curve begins flat
+
+
+def test_an_ack_never_shrinks_the_window() -> None:
+    """The target of a long round trip was ahead of the curve; a shorter one or Reno's window must not take it back.
+
+    In the second case W_est becomes 70.4, above W_cubic(0.011) = 70.2 and below the window.
+    """
+    for size, rtt in ((100, 0.001), (40_000, 3.0)):
+        cubic = reduced(100)
+        for at in (50.0, 50.01):
+            cubic.on_acked(7000, 3.0, at)
+        before = cubic.cwnd
+        assert before == pytest.approx(72_980, abs=50)
+        cubic.on_acked(size, rtt, 50.011)
+        assert cubic.cwnd == before
 
 
 def test_the_curve_one_step() -> None:
@@ -121,7 +137,9 @@ def test_never_slower_than_reno() -> None:
 def test_fast_convergence() -> None:
     """§4.7: lost at 80 below the 100 of before: W_max = 80 × 1.7 / 2 = 68, K = ∛(12 / 0.4) = 3.107 s."""
     cubic = reduced(80, before=100)
-    use(cubic, 50.0, 53.11, 0.2)
+    use(cubic, 50.0, 51.55, 0.2)
+    assert cubic.cwnd == pytest.approx(66_500, rel=0.02)  # 68 - 12 / 8; with W_max = 56, 57.5
+    use(cubic, 51.57, 53.11, 0.2)
     assert cubic.cwnd == pytest.approx(68_000, rel=0.015)
     plain = reduced(100, before=80)
     use(plain, 50.0, 54.22, 0.2)
