@@ -71,7 +71,7 @@ fuzz: env  ## every parser, SECONDS=60 each
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 bench: env  ## the figures in the README, measured on this machine
-	@for bench in transport idle relay latency; do $(BIN)/python -m bench.$$bench; done
+	@for bench in transport idle store relay latency; do $(BIN)/python -m bench.$$bench; done
 
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) build dist .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis
