@@ -6,6 +6,7 @@ import argparse
 import resource
 import sys
 import time
+import warnings
 
 from tests.fuzz.engine import run
 from tests.fuzz.targets import TARGETS
@@ -24,6 +25,7 @@ def main() -> int:
     unknown = sorted(set(options.targets) - set(TARGETS))
     if unknown:
         parser.error(f"no such target: {', '.join(unknown)}")
+    warnings.simplefilter("ignore")  # libraries have much to say about such certificates
     seed = int(time.time()) if options.seed is None else options.seed
     print(f"seed {seed}, {options.seconds:g} s each")
     print(f"{'target':<14}{'inputs':>10}{'accepted':>10}{'a second':>10}{'peak MiB':>10}{'found':>7}")
