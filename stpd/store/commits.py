@@ -189,9 +189,14 @@ class Committer:
 
     def due(self) -> bool:
         """Is there a reason for a commit without records?"""
-        if self.pending or self._more or time.monotonic() - self._forget_at >= FORGET_INTERVAL:
+        now = time.monotonic()
+        if self.pending or self._more or now - self._forget_at >= FORGET_INTERVAL:
             return True
-        return not self._statistics.damage and self._trimmer.due(self.used, int(self._options.clock() * 1000))
+        if self._statistics.damage:
+            return False
+        # While it is too early to trim again, a commit for that would be an empty one.
+        self._later = now < self._trim_at and not self._trimmer.scarce(self.used)
+        return not self._later and self._trimmer.due(self.used, int(self._options.clock() * 1000))
 
     @property
     def patience(self) -> float:
