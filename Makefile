@@ -31,8 +31,9 @@ env: $(STAMP)  ## build .venv and install the project into it (PYTHON=…)
 
 $(STAMP): pyproject.toml
 	@if [ -z "$(PYTHON)" ]; then \
-		echo "make env: no Python 3.11 or newer on the PATH (python3 is $$(python3 -V 2>&1))." >&2; \
+		echo "make env: no Python 3.11 or newer on the PATH." >&2; \
 		echo "  install one, or name it: make env PYTHON=/path/to/python3.11" >&2; exit 1; fi
+	@if ! command -v "$(PYTHON)" >/dev/null; then echo "make env: there is no $(PYTHON)." >&2; exit 1; fi
 	@if ! "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
 		echo "make env: $(PYTHON) is $$("$(PYTHON)" -V 2>&1); stpd needs Python 3.11 or newer." >&2; exit 1; fi
 	@if [ ! -x $(BIN)/python ] && ! "$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null; then \
