@@ -231,9 +231,14 @@ def batches_of(data: bytes, head: RecordHead) -> list[bytes]:
 
 def check_batches(data: bytes, head: RecordHead) -> None:
     """Raise CorruptError unless the publisher's CRC of every batch is right."""
+    if head.kind == VOID:
+        return
     view = memoryview(data)
-    for start, end in batch_spans(data, head):
-        if crc32(view[start + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+    end, _ = _common_prefix(data)
+    for _ in range(head.batches):  # batch_spans, inlined: this runs for every record of every publisher
+        start = end + 4
+        end = start + int.from_bytes(data[end:start], "big")
+        if crc32(view[start : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
             raise CorruptError("the CRC of a batch is wrong")
 
 
