@@ -265,13 +265,24 @@ def _fail(refused: Exception, awaited: bool) -> None:
     raise RuntimeError(f"the gateway refused: {refused}")
 
 
+def _dialling_endpoint(identity: Identity) -> Endpoint:
+    contexts = ContextCache(identity, TimeFloor())
+    config = EndpointConfig(
+        tls=contexts.tls,
+        leaf_der=contexts.leaf_der,
+        network_keys=identity.network_keys,
+        random_bytes=os.urandom,
+    )
+    return Endpoint(config)
+
+
 async def devices(plan: Plan) -> None:
     """Many devices with a session each; every batch holds `batch` messages, most often one.
 
     They share a socket, as behind one NAT: a thousand event loops in one process would measure themselves.
     """
     fillings, identity = Fillings(plan.size), Identity.load(plan.identity)
-    contexts, target = ContextCache(identity, TimeFloor()), parse_url(plan.url, None)
+    target = parse_url(plan.url, None)
     fleet: list[Device] = []
     changed = trio.Event()
 
@@ -279,13 +290,7 @@ async def devices(plan: Plan) -> None:
         session.app.on_ready(trio.current_time())
         changed.set()
 
-    config = EndpointConfig(
-        tls=contexts.tls,
-        leaf_der=contexts.leaf_der,
-        network_keys=identity.network_keys,
-        random_bytes=os.urandom,
-    )
-    endpoint = Endpoint(config)
+    endpoint = _dialling_endpoint(identity)
     carrier = await UdpCarrier.bind(endpoint, "127.0.0.1", 0, on_ready=on_ready)
 
     async def wait_for(condition: Callable[[], bool]) -> None:
