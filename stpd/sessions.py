@@ -211,6 +211,8 @@ class Sessions:
             found = peer.link.check(now)
             if found:
                 self._handle(peer, found)
+            for feed in list(peer.feeds.values()):
+                feed.pump_all()  # costs little when level; whatever wake-up was missed, a second is its price
         for name in self._store.lagging():
             self.remove_reader(name, "it was further behind than its max_lag")
         self._relay.flush()

@@ -214,7 +214,7 @@ class SqliteStore:
             self._queued_bytes -= item.head.size
             self._queued_records -= 1
             item.done(outcome)
-        if result.stored and self.on_commit is not None:
+        if self.on_commit is not None and (result.stored or result.decided):
             self.on_commit(result.stored)
         for queued in left:
             if isinstance(queued, Flush):
