@@ -274,9 +274,8 @@ class Sessions:
     def _on_hello(self, peer: Peer, hello: Hello) -> None:
         self._replace_older(peer, hello)
         grant = None if peer.upstream is not None else self._access().grant(hello.node)
-        upstream = peer.upstream is not None
-        limit = None if upstream else self._limit_of(hello.node)
-        peer.door = Door(peer.link, hello.node, grant, upstream, limit)
+        limit = None if peer.upstream is not None else self._limit_of(hello.node)
+        peer.door = Door(peer.link, hello.node, grant, peer.upstream is not None, limit)
         self.stats.opened += 1
         log.info(
             "session_open",
