@@ -27,7 +27,7 @@ from stp.control import Goaway, Hello
 from stp.core.endpoint import Endpoint, EndpointConfig
 from stp.core.errors import ErrorCode, StpError
 from stp.core.path import KEEPALIVE
-from stp.core.session import Session
+from stp.core.verbs import AnySession
 from stp.identity import Address, ContextCache, Identity, TimeFloor
 from stp.link import GoawayReceived, HelloReceived, Link, LinkClosed, LinkEvent
 
@@ -269,7 +269,7 @@ class Connection:
         assert self._closed is not None
         return self._closed
 
-    def _on_ready(self, session: Session) -> None:
+    def _on_ready(self, session: AnySession) -> None:
         link = self._dialled
         if link is not None and link.session is session:
             self._give(link, link.process(trio.current_time()))

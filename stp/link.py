@@ -55,7 +55,7 @@ from stp.records import RefusedCode
 from stp.sources import Sources
 
 if TYPE_CHECKING:
-    from stp.core.session import Session
+    from stp.core.verbs import AnySession
 
 __all__ = [
     "DrainCreditReceived",
@@ -114,7 +114,7 @@ class Link:
 
     def __init__(
         self,
-        session: Session,
+        session: AnySession,
         hello: control.Hello,
         *,
         wall_ms: Callable[[], int],

@@ -22,7 +22,7 @@ from stp.records import RecordCutter, RecordHead, RefusedCode, check_batches, re
 from stp.sources import Sources
 
 if TYPE_CHECKING:
-    from stp.core.session import Session
+    from stp.core.verbs import AnySession
 
 CREDIT_FLOOR: Final = 512 * 1024
 """Bytes: no lane window is smaller. A peer with less than this unsettled can finish its record."""
@@ -56,7 +56,7 @@ class Receiver:
 
     def __init__(
         self,
-        session: Session,
+        session: AnySession,
         sources: Sources,
         stats: LinkStatistics,
         send_refused: Callable[[Refused], None],

@@ -19,7 +19,7 @@ from attrs import define, field
 from stp.batch import node_id
 from stp.control import Goaway, Hello, Subscribe, Subscribed
 from stp.core.errors import ErrorCode, LocalCause
-from stp.core.session import Session
+from stp.core.verbs import AnySession
 from stp.link import (
     DrainCreditReceived,
     GoawayReceived,
@@ -81,7 +81,7 @@ class Peer:
     live: dict[str, Subscribe] = field(factory=dict)
 
     @property
-    def session(self) -> Session:
+    def session(self) -> AnySession:
         return self.link.session
 
     @property
@@ -181,7 +181,7 @@ class Sessions:
 
     # -- from the carriers
 
-    def on_ready(self, session: Session) -> None:
+    def on_ready(self, session: AnySession) -> None:
         """A session has something for us: hear it all, answer, tell receipts."""
         link = session.app
         if link is None:
@@ -189,7 +189,7 @@ class Sessions:
         self._handle(link.app, link.process(self._now()))
         self._relay.flush()
 
-    def adopt(self, session: Session, upstream: UpstreamOwner | None = None) -> Peer:
+    def adopt(self, session: AnySession, upstream: UpstreamOwner | None = None) -> Peer:
         """Make the link of a new session. *upstream* is told what concerns an uplink."""
         link = Link(
             session,
@@ -217,7 +217,7 @@ class Sessions:
             self.remove_reader(name, "it was further behind than its max_lag")
         self._relay.flush()
 
-    def _may_speak_for(self, session: Session, upstream: bool, node: str) -> bool:
+    def _may_speak_for(self, session: AnySession, upstream: bool, node: str) -> bool:
         if upstream:
             return True  # what comes from above comes from anywhere
         peer = session.peer
@@ -587,7 +587,7 @@ class Sessions:
             peer.link.close(code, reason, self._now())
 
 
-def address_of(session: Session) -> str:
+def address_of(session: AnySession) -> str:
     address = session.addr
     if isinstance(address, tuple):
         host, port = address[0], address[1]
@@ -595,5 +595,5 @@ def address_of(session: Session) -> str:
     return str(address)
 
 
-def session_id(session: Session) -> str:
+def session_id(session: AnySession) -> str:
     return session.id.hex() if session.id is not None else ""

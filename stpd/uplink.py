@@ -17,7 +17,7 @@ from attrs import define
 
 from stp.control import Goaway, Status, Subscribe, Subscribed
 from stp.core.errors import ErrorCode
-from stp.core.session import Session
+from stp.core.verbs import AnySession
 from stp.identity import Address
 from stp.link import LinkClosed
 from stpd.events import EventBus
@@ -71,7 +71,7 @@ class Uplink:
         sessions: Sessions,
         store: Store,
         *,
-        dial: Callable[[tuple[str, int], str], Session],
+        dial: Callable[[tuple[str, int], str], AnySession],
         class_of: Callable[[int, str], str],
         on_custody: Callable[[int, int], None],
         on_time_heard: Callable[[float], None],

@@ -31,7 +31,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.core.keys stp.core.params stp.core.tokens stp.core.acks stp.core.path stp.core.resets stp.core.streamset",
     "stp.core.handshake stp.core.packetizer",
     "stp.core.events stp.core.initspace stp.core.phases",
-    "stp.core.dataspace",
+    "stp.core.dataspace stp.core.verbs",
     "stp.core.session",
     "stp.core.endpoint",
     # -- stp: messages, sans-IO too
@@ -42,7 +42,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.receiving",
     "stp.link",
     # -- stp: what touches the machine, and the front doors
-    "stp.carriers.udp stp.identity stp.pinned",
+    "stp.carriers.udp stp.carriers.tls stp.identity stp.pinned",
     "stp.enrol stp.outbox stp.connection",
     "stp.publisher stp.subscriber",
     "stp.reader stp.requests",

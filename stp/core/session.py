@@ -191,6 +191,10 @@ class Session:
         return self._path.addr
 
     @property
+    def carrier(self) -> str:
+        return "udp"
+
+    @property
     def live(self) -> bool:
         return self.state in LIVE
 
