@@ -72,8 +72,7 @@ class Sealer:
     """Our packets: keys of the phase, the peer's CID, numbers."""
 
     __slots__ = (
-        "_encrypt",
-        "_iv",
+        "_aead",
         "_pn_key",
         "_prefix",
         "_random",
@@ -105,8 +104,7 @@ class Sealer:
         self.skip_at = 0
         """Where a run ends: a number to be left out, or the end of what the key may seal."""
         self._plan_skip()
-        self._encrypt = keys.aead.encrypt
-        self._iv = keys.aead.iv_int
+        self._aead = keys.aead
         self._prefix = bytes((DATA_BYTE,))
         self.use_cid(cid)
 
@@ -117,8 +115,7 @@ class Sealer:
     def use_keys(self, aead: Aead) -> None:
         """The other phase begins, with the next number."""
         self._prefix = bytes((self._prefix[0] ^ PHASE_BIT,)) + self._prefix[1:]
-        self._encrypt = aead.encrypt
-        self._iv = aead.iv_int
+        self._aead = aead
         self.first = self.next
 
     def _plan_skip(self) -> None:
@@ -150,14 +147,15 @@ class Sealer:
         """One packet. Call `run` before."""
         pn = self.next
         self.next = pn + 1
+        aead = self._aead
         header = self._prefix + (pn ^ self._w).to_bytes(8, "big")
-        return header + self._encrypt((self._iv ^ pn).to_bytes(12, "big"), frames, header)
+        return header + aead.encrypt((aead.iv_int ^ pn).to_bytes(12, "big"), frames, header)
 
     def seal_burst(
         self, stream: int, offset: int, data: bytes, index: int, length: int, piece: int, fin: bool
     ) -> bytes:
         """`length` bytes of `data` from `index` on, cut into packets of `piece` bytes; at most `run` of them."""
-        prefix, w, iv, encrypt = self._prefix, self._w, self._iv, self._encrypt
+        prefix, w, iv, encrypt = self._prefix, self._w, self._aead.iv_int, self._aead.encrypt
         head = STREAM_HEAD.pack
         pn = self.next
         parts: list[bytes] = []
@@ -187,11 +185,10 @@ class Opener:
         "_cid",
         "_pn_key",
         "_w",
+        "aead",
         "current",
-        "decrypt",
         "failed",
         "first_byte",
-        "iv",
         "lowest",
         "repeated",
     )
@@ -199,9 +196,8 @@ class Opener:
     def __init__(self, keys: DirectionKeys, pn_key: bytes, cid: bytes) -> None:
         self._pn_key = pn_key
         self.first_byte = DATA_BYTE
+        self.aead = keys.aead
         """That of the phase."""
-        self.decrypt = keys.aead.decrypt
-        self.iv = keys.aead.iv_int
         self.lowest = 0
         """The lowest number that opened in this phase."""
         self.failed = 0
@@ -219,8 +215,7 @@ class Opener:
     def use_keys(self, aead: Aead, pn: int) -> None:
         """The peer is in the other phase since packet `pn`."""
         self.first_byte ^= PHASE_BIT
-        self.decrypt = aead.decrypt
-        self.iv = aead.iv_int
+        self.aead = aead
         self.lowest = pn
 
     def of_other_phase(self, datagram: bytes) -> bool:
@@ -257,7 +252,7 @@ class Opener:
         streams (`merge` them) and by how much `highest` grew; other plaintexts; datagrams to another CID or phase.
         """
         header, head = _HEADER.unpack_from, STREAM_HEAD.unpack_from
-        decrypt, iv, cid, first, w = self.decrypt, self.iv, self._cid, self.first_byte, self._w
+        (decrypt, iv), cid, first, w = self.aead.opening(), self._cid, self.first_byte, self._w
         run = expected = acks.next
         touched: list[tuple[RecvStream, int]] = []
         rest: list[bytes] = []

@@ -12,15 +12,14 @@ phase bit, and only what differs comes here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final, TypeAlias
+from typing import Final
 
 from attrs import define
 from cryptography.exceptions import InvalidTag
 
 from stp.core.acks import AckTracker
 from stp.core.errors import ErrorCode, ProtocolError
-from stp.core.keys import SECRET_LENGTH, DirectionKeys, SessionKeys
+from stp.core.keys import SECRET_LENGTH, Aead, DirectionKeys, SessionKeys
 from stp.core.packet import DATA_HEADER_LENGTH, MAX_PN
 from stp.core.packetizer import NUMBERS, Opener, Sealer
 
@@ -32,7 +31,6 @@ KEEP_PTOS: Final = 3
 """PTOs for which the previous keys are kept, and that a sender waits before the next update."""
 
 _NEVER: Final = float("inf")
-_Open: TypeAlias = Callable[[bytes, bytes, bytes], bytes]
 
 
 @define
@@ -53,8 +51,7 @@ class KeyLimits:
 class Previous:
     """The peer's keys of the phase before."""
 
-    decrypt: _Open
-    iv: int
+    aead: Aead
     until: float
     """When they are to be forgotten."""
 
@@ -137,8 +134,7 @@ class Phases:
                 self._next is None
             ):  # made when first asked for: the bit is in the clear, so this tells nothing new
                 self._next = DirectionKeys.after(self._secrets[SECRET_LENGTH:], self._suite)
-            aead = self._next.aead
-            plain = _open(aead.decrypt, aead.iv_int, pn, datagram)
+            plain = _open(self._next.aead, pn, datagram)
             if plain is not None and pn <= MAX_PN:
                 self._follow(pn, opener, sealer, acks, pto, now)
             elif plain is None and self._open_previous(pn, datagram, now) is not None:
@@ -152,7 +148,7 @@ class Phases:
         previous = self.previous
         if previous is None or now >= previous.until:
             return None
-        return _open(previous.decrypt, previous.iv, pn, datagram)
+        return _open(previous.aead, pn, datagram)
 
     def _follow(
         self, pn: int, opener: Opener, sealer: Sealer, acks: AckTracker, pto: float, now: float
@@ -164,7 +160,7 @@ class Phases:
         if not self.unanswered and sealer.next == sealer.first:
             # What we have sent nothing in, we have acknowledged nothing of.
             raise ProtocolError("an update before the last one was answered", ErrorCode.KEY_UPDATE)
-        self.previous = Previous(opener.decrypt, opener.iv, now + KEEP_PTOS * pto)
+        self.previous = Previous(opener.aead, now + KEEP_PTOS * pto)
         opener.use_keys(self._next.aead, pn)
         self._secrets = self._secrets[:SECRET_LENGTH] + self._next.secret
         self._next = None
@@ -196,9 +192,9 @@ def fail_limit(keys: SessionKeys, limits: KeyLimits) -> int:
     return keys.fail_limit if limits.fail_limit is None else limits.fail_limit
 
 
-def _open(decrypt: _Open, iv: int, pn: int, datagram: bytes) -> bytes | None:
+def _open(aead: Aead, pn: int, datagram: bytes) -> bytes | None:
     header = datagram[:DATA_HEADER_LENGTH]
     try:
-        return decrypt((iv ^ pn).to_bytes(12, "big"), datagram[DATA_HEADER_LENGTH:], header)
+        return aead.decrypt((aead.iv_int ^ pn).to_bytes(12, "big"), datagram[DATA_HEADER_LENGTH:], header)
     except InvalidTag:
         return None

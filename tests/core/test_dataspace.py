@@ -47,7 +47,7 @@ class Talk:
             if origin != source.addr or data[1:9] != opener.current:
                 continue
             pn = int.from_bytes(data[9:17], "big") ^ opener._w
-            plain = opener.decrypt((opener.iv ^ pn).to_bytes(12, "big"), data[17:], data[:17])
+            plain = opener.aead.decrypt((opener.aead.iv_int ^ pn).to_bytes(12, "big"), data[17:], data[:17])
             out.append(frames.decode(plain))
         return out
 
