@@ -13,8 +13,9 @@ from stp.core.errors import ErrorCode
 from stpd.api import NotFoundError, RefusedError
 from stpd.events import EventWatcher
 from stpd.keys import JoinTokens
+from stpd.peers import Peer, address_of, session_id
 from stpd.router import LANES
-from stpd.sessions import KEEPER_KINDS, Peer, address_of, session_id
+from stpd.sessions import KEEPER_KINDS
 from stpd.status import (
     BufferLane,
     BufferStatus,

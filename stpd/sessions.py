@@ -8,13 +8,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Final
 
 import structlog
 import trio
-from attrs import define, field
+from attrs import define
 
 from stp.batch import node_id
 from stp.control import Goaway, Hello, Subscribe, Subscribed
@@ -43,6 +43,7 @@ from stpd.access import Access
 from stpd.events import EventBus
 from stpd.hops import PUMP_BYTES, Feed
 from stpd.limits import PeerLimit
+from stpd.peers import Peer, Report, UpstreamOwner, address_of, read_report, session_id
 from stpd.relay import Door, Relay
 from stpd.router import LANES
 from stpd.store.base import Hop, Store, StoreError
@@ -58,66 +59,6 @@ KEEPER_KINDS: Final = frozenset({"gateway", "hub"})
 
 READ_RETRY: Final = 1.0
 """Seconds before a failed read from disk is tried again."""
-
-
-class UpstreamOwner(Protocol):
-    """What an uplink wants to hear of its link."""
-
-    def on_hello(self, peer: Peer) -> None: ...
-    def on_subscribed(self, answer: Subscribed) -> None: ...
-    def on_goaway(self, goaway: Goaway) -> None: ...
-    def on_closed(self, closed: LinkClosed) -> None: ...
-
-
-@define(eq=False)
-class Peer:
-    """One session and what hangs on it."""
-
-    link: Link
-    opened_ms: int
-    upstream: UpstreamOwner | None = None
-    door: Door | None = None
-    feeds: dict[str, Feed] = field(factory=dict)
-    live: dict[str, Subscribe] = field(factory=dict)
-
-    @property
-    def session(self) -> AnySession:
-        return self.link.session
-
-    @property
-    def node(self) -> str:
-        identity = self.session.peer
-        return identity.node if identity is not None else ""
-
-
-@define
-class Report:
-    """A peer's STATUS, as far as we understand it. Ages in seconds."""
-
-    at_ms: int
-    messages: int = 0
-    bytes: int = 0
-    oldest_age_s: float = 0.0
-    cause: str = ""
-    unexplained: int = 0
-
-
-def read_report(fields: Mapping[str, Any], at_ms: int) -> Report:
-    """Numbers where numbers should be, else 0: the inside of STATUS is free (protocol §10)."""
-
-    def number(key: str) -> float:
-        value = fields.get(key, 0)
-        return value if isinstance(value, int | float) and 0 <= value < 2**63 else 0
-
-    cause = fields.get("cause", "")
-    return Report(
-        at_ms,
-        int(number("messages")),
-        int(number("bytes")),
-        float(number("oldest_age_s")),
-        cause[:200] if isinstance(cause, str) else "",
-        int(number("unexplained")),
-    )
 
 
 @define
@@ -585,15 +526,3 @@ class Sessions:
     def close_all(self, code: ErrorCode, reason: str) -> None:
         for peer in list(self.peers.values()):
             peer.link.close(code, reason, self._now())
-
-
-def address_of(session: AnySession) -> str:
-    address = session.addr
-    if isinstance(address, tuple):
-        host, port = address[0], address[1]
-        return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
-    return str(address)
-
-
-def session_id(session: AnySession) -> str:
-    return session.id.hex() if session.id is not None else ""

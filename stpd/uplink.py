@@ -22,8 +22,9 @@ from stp.identity import Address
 from stp.link import LinkClosed
 from stpd.events import EventBus
 from stpd.hops import Feed
+from stpd.peers import Peer
 from stpd.router import LANES
-from stpd.sessions import Peer, Sessions
+from stpd.sessions import Sessions
 from stpd.status import LaneLag, UpstreamStatus
 from stpd.store.base import Hop, Store
 

@@ -44,7 +44,8 @@ from stp.core.endpoint import Endpoint, EndpointConfig
 from stp.core.errors import UsageError
 from stp.core.events import Connected, Event, SessionClosed
 from stp.core.handshake import TlsCredentials, TlsSettings, make_context
-from stp.core.session import Session, State
+from stp.core.session import Session
+from stp.core.states import State
 from tests.identity_kit import NETWORK_KEY, Flaw, parts_of, shared
 
 START = 1000.0

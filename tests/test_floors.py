@@ -31,7 +31,8 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.core.keys stp.core.params stp.core.tokens stp.core.acks stp.core.path stp.core.resets stp.core.streamset",
     "stp.core.handshake stp.core.packetizer",
     "stp.core.events stp.core.initspace stp.core.phases",
-    "stp.core.dataspace stp.core.verbs",
+    "stp.core.output",
+    "stp.core.dataspace stp.core.states stp.core.verbs",
     "stp.core.session",
     "stp.core.endpoint",
     # -- stp: messages, sans-IO too
@@ -73,6 +74,7 @@ FLOORS: Final[tuple[str, ...]] = (
     # -- stpd: the relay and the house around it
     "stpd.hops",
     "stpd.relay",
+    "stpd.peers",
     "stpd.sessions",
     "stpd.uplink",
     "stpd.managed stpd.services",

@@ -23,8 +23,8 @@ from attrs import define, field
 from stp.core.path import BASE_DATAGRAM
 
 if TYPE_CHECKING:
-    from stp.core.dataspace import Transmit
     from stp.core.endpoint import Endpoint
+    from stp.core.output import Transmit
     from stp.core.session import Session
 
 Address: TypeAlias = tuple[str, int] | tuple[str, int, int, int]

@@ -31,17 +31,18 @@ from stp.core.admission import (
 )
 from stp.core.congestion import Congestion, NewReno
 from stp.core.cubic import Cubic
-from stp.core.dataspace import Transmit
 from stp.core.errors import ErrorCode, PacketError, UsageError
 from stp.core.flow import WindowBudget
 from stp.core.handshake import PeerIdentity
 from stp.core.initspace import HANDSHAKE_DEADLINE, ClientHandshake, FirstInit, ServerHandshake, open_first
+from stp.core.output import Transmit
 from stp.core.packet import InitPacket
 from stp.core.params import TransportParameters
 from stp.core.path import BASE_DATAGRAM, DEAD_TIME, KEEPALIVE
 from stp.core.phases import KeyLimits
 from stp.core.resets import Resetter
-from stp.core.session import Agenda, Session, SessionContext, State
+from stp.core.session import Session
+from stp.core.states import Agenda, SessionContext, State
 from stp.core.tokens import BAD_RETRY, NodeToken, RetryToken, TokenKeeper
 
 CONTROLLERS: Final[dict[str, Callable[[int], Congestion]]] = {"cubic": Cubic, "newreno": NewReno}

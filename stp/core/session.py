@@ -13,33 +13,24 @@ The owner calls, in this order: input (`receive_*`, `handle_timeout`, or a comma
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from enum import Enum, auto
 from hmac import compare_digest
 from typing import Any, Final
 
-from attrs import Factory, define
-
 from stp.core import frames
-from stp.core.congestion import Congestion
-from stp.core.dataspace import DataSpace, Transmit
+from stp.core.dataspace import DataSpace
 from stp.core.errors import ErrorCode, LocalCause, PacketError, ProtocolError, UsageError
 from stp.core.events import Connected, Event, NewToken, SessionClosed, SessionStatistics, StreamReadable
-from stp.core.flow import WindowBudget
 from stp.core.handshake import PeerIdentity
 from stp.core.initspace import ClientHandshake, HandshakeState, InitHandshake
+from stp.core.output import Transmit
 from stp.core.packet import InitPacket, RetryPacket
 from stp.core.path import (
-    BASE_DATAGRAM,
-    DEAD_TIME,
-    KEEPALIVE,
     LISTENER_PATIENCE,
-    CidSource,
     Liveness,
     Path,
 )
-from stp.core.phases import KeyLimits
 from stp.core.recovery import MAX_GUESS, RttEstimator
+from stp.core.states import LIVE, TRANSITIONS, Input, SessionContext, State
 from stp.core.streams import DEFAULT_WEIGHT
 from stp.core.streamset import StreamSet
 
@@ -49,78 +40,6 @@ MAX_EVENTS: Final = 1024
 """Unfetched events above which a session closes with LIMIT: its owner has gone or the peer floods."""
 CLOSE_PTOS: Final = 3
 """PTOs that CLOSING and DRAINING last (protocol §9)."""
-
-
-class State(Enum):
-    HANDSHAKE = auto()
-    KEYED = auto()
-    """DATA keys are there, the peer's proof (1) is not."""
-    ESTABLISHED = auto()
-    CLOSING = auto()
-    DRAINING = auto()
-    CLOSED = auto()
-
-
-class Input(Enum):
-    KEYS = auto()
-    PROOF = auto()
-    LOCAL_CLOSE = auto()
-    PEER_CLOSE = auto()
-    SILENCE = auto()
-    """Nothing more will come, and there is nobody to say it to."""
-    DRAINED = auto()
-
-
-TRANSITIONS: Final[dict[tuple[State, Input], State]] = {
-    (State.HANDSHAKE, Input.KEYS): State.KEYED,
-    (State.HANDSHAKE, Input.LOCAL_CLOSE): State.CLOSING,
-    (State.HANDSHAKE, Input.SILENCE): State.CLOSED,
-    (State.KEYED, Input.PROOF): State.ESTABLISHED,
-    (State.KEYED, Input.LOCAL_CLOSE): State.CLOSING,
-    (State.KEYED, Input.PEER_CLOSE): State.DRAINING,
-    (State.KEYED, Input.SILENCE): State.CLOSED,
-    (State.ESTABLISHED, Input.LOCAL_CLOSE): State.CLOSING,
-    (State.ESTABLISHED, Input.PEER_CLOSE): State.DRAINING,
-    (State.ESTABLISHED, Input.SILENCE): State.CLOSED,
-    (State.CLOSING, Input.PEER_CLOSE): State.DRAINING,
-    (State.CLOSING, Input.DRAINED): State.CLOSED,
-    (State.DRAINING, Input.DRAINED): State.CLOSED,
-}
-LIVE: Final = frozenset({State.HANDSHAKE, State.KEYED, State.ESTABLISHED})
-
-
-class Agenda:
-    """Which sessions want the owner's and the network's attention; one for all sessions of an endpoint."""
-
-    __slots__ = ("ready", "to_send")
-
-    def __init__(self) -> None:
-        self.ready: list[Session] = []
-        self.to_send: list[Session] = []
-
-
-@define
-class SessionContext:
-    """What all sessions of an endpoint share."""
-
-    agenda: Agenda
-    cid_source: CidSource
-    random_bytes: Callable[[int], bytes]
-    congestion: Callable[[int], Congestion]
-    """Makes a controller for packets of so many bytes."""
-    budget: WindowBudget
-    on_cids: Callable[[Session, list[bytes], list[bytes]], None]
-    """(session, CIDs made, CIDs gone): where datagrams are to be routed."""
-    reset_token: Callable[[bytes], bytes]
-    on_refused: Callable[[Any, PeerIdentity | None, str], None] | None = None
-    """A listener's session ended before it was ESTABLISHED; its owner never hears of it otherwise."""
-    node_token: Callable[[PeerIdentity, float], bytes] | None = None
-    """Makes a NEW_TOKEN; listeners only."""
-    datagram_for: Callable[[Any], int] = lambda addr: BASE_DATAGRAM
-    """Bytes of UDP payload of full packets to this address."""
-    keepalive: float = KEEPALIVE
-    dead_time: float = DEAD_TIME
-    key_limits: KeyLimits = Factory(KeyLimits)
 
 
 class Session:
@@ -378,12 +297,12 @@ class Session:
         if space is not None:
             if self.state in LIVE:
                 try:
-                    space.send(now, out)
+                    space.output.send(now, out)
                 except ProtocolError as exc:
                     self.close(exc.code, str(exc), now)
             if self._close_frame is not None and self._close_answers:
                 self._close_answers = 0
-                out.append(Transmit(self._path.addr, space.close_packet(*self._close_frame)))
+                out.append(Transmit(self._path.addr, space.output.close_packet(*self._close_frame)))
         counts = self._counts
         for sent in out[before:]:
             counts.datagrams_out += -(-len(sent.data) // (sent.segment_size or len(sent.data)))
@@ -503,12 +422,12 @@ class Session:
             inbox=self,
         )
         if self.dialling:
-            space.say(frames.Ping().encode())
+            space.output.say(frames.Ping().encode())
         else:
-            space.say(frames.HandshakeDone(context.reset_token(handshake.cid)).encode())
+            space.output.say(frames.HandshakeDone(context.reset_token(handshake.cid)).encode())
             context.on_cids(self, space.issue_cids(), [])
             if context.node_token is not None and self.peer is not None:
-                space.say(frames.NewToken(context.node_token(self.peer, now)).encode())
+                space.output.say(frames.NewToken(context.node_token(self.peer, now)).encode())
         early, self._early = self._early or (), None
         for datagram in early:
             self.receive_data(datagram, len(datagram), self._path.addr, now)

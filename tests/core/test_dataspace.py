@@ -7,13 +7,13 @@ import pytest
 from stp.core import frames
 from stp.core.acks import PRUNE_RANGES
 from stp.core.congestion import MAX_BURST_PACKETS
-from stp.core.dataspace import MAX_PATH_ANSWERS, Transmit
 from stp.core.errors import ErrorCode, LocalCause
 from stp.core.events import StreamOpened, StreamReset, StreamStopped, StreamWritable
 from stp.core.flow import STREAM_WINDOW
+from stp.core.output import MAX_PATH_ANSWERS, Transmit
 from stp.core.packetizer import CLOSE_RESERVE
 from stp.core.path import DEAD_TIME, KEEPALIVE, MAX_UNANSWERED, PING_REPEAT
-from stp.core.session import State
+from stp.core.states import State
 from stp.core.streams import SEND_BUFFER, WRITABLE_ROOM
 from tests.sim import Host, Network
 
@@ -312,7 +312,7 @@ def test_a_peer_that_retires_our_target_moves_us() -> None:
     assert theirs is not None
     new = theirs.local_cids.active[1]
     for seq, cid in list(theirs.local_cids.active.items())[1:]:
-        theirs.say(frames.NewCid(seq, 1, cid, theirs._inbox._context.reset_token(cid)).encode())  # type: ignore[attr-defined]
+        theirs.output.say(frames.NewCid(seq, 1, cid, theirs._inbox._context.reset_token(cid)).encode())  # type: ignore[attr-defined]
     talk.peer._want_to_send()
     talk.net.run_for(0.5)
     assert mine.remote_cids.current == (1, new)
@@ -347,7 +347,7 @@ def test_more_to_say_than_a_packet_holds(owner: str) -> None:
     space = talk.session._data
     assert space is not None
     if owner == "answers":
-        space._answers += [frames.PathResponse(n.to_bytes(8, "big")).encode() for n in range(200)]
+        space.output._answers += [frames.PathResponse(n.to_bytes(8, "big")).encode() for n in range(200)]
     elif owner == "cids":
         space.remote_cids._retiring.update(range(1000, 1300))
         space.remote_cids.pending += range(1000, 1300)
@@ -358,10 +358,10 @@ def test_more_to_say_than_a_packet_holds(owner: str) -> None:
             talk.session.reset_stream(lane, number)
     else:
         for number in range(200):
-            space.say(frames.StreamsBlocked(0, number).encode())
+            space.output.say(frames.StreamsBlocked(0, number).encode())
     talk.session._want_to_send()
     talk.net.run_for(0.5)
-    assert not space._has_control()
+    assert not space.output._has_control()
     assert talk.session.state is talk.peer.state is State.ESTABLISHED
     assert len(talk.opened(talk.edge)) >= 2
 

@@ -9,11 +9,12 @@ import sys
 import pytest
 
 from stp.core import admission, packet
-from stp.core.dataspace import Transmit
 from stp.core.endpoint import MAX_ANSWERS, EndpointConfig
 from stp.core.errors import ErrorCode, UsageError
 from stp.core.events import NewToken
-from stp.core.session import Session, State
+from stp.core.output import Transmit
+from stp.core.session import Session
+from stp.core.states import State
 from tests.identity_kit import NETWORK_KEY
 from tests.sim import START, Host, Network
 

@@ -27,7 +27,7 @@ from stp.core.phases import (
     fail_limit,
     seal_limit,
 )
-from stp.core.session import State
+from stp.core.states import State
 from tests.sim import Network
 
 AES = "TLS_AES_128_GCM_SHA256"

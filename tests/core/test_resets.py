@@ -7,7 +7,7 @@ import os
 from stp.core.errors import LocalCause
 from stp.core.packet import DATA_BYTE, MIN_RESET
 from stp.core.resets import MAX_ADDRESSES, RESET_INTERVAL, Resetter
-from stp.core.session import State
+from stp.core.states import State
 from tests.sim import Host, Network
 
 KEYS = {"cid_key": b"c" * 32, "reset_key": b"r" * 32}

@@ -10,7 +10,8 @@ from stp.core import frames
 from stp.core.errors import ErrorCode, LocalCause, PacketError, UsageError
 from stp.core.events import Connected, NewToken, SessionClosed, StreamReadable
 from stp.core.packet import parse_init, parse_retry
-from stp.core.session import LIVE, MAX_EARLY, MAX_EVENTS, TRANSITIONS, Input, Session, State
+from stp.core.session import MAX_EARLY, MAX_EVENTS, Session
+from stp.core.states import LIVE, TRANSITIONS, Input, State
 from tests.sim import START, Host, Network
 
 

@@ -11,7 +11,8 @@ from stp.core.errors import ErrorCode
 from stp.core.packet import DATA_HEADER_LENGTH, is_data
 from stp.core.packetizer import CLOSE_RESERVE, NUMBERS
 from stp.core.phases import KEEP_PTOS, KeyLimits
-from stp.core.session import Session, State
+from stp.core.session import Session
+from stp.core.states import State
 from tests.sim import Network, flip_bit
 
 EVERY = 8
@@ -186,7 +187,7 @@ def test_fault_27_old_keys_are_gone_after_three_pto() -> None:
         talk.net.run_for(1.0)
         link.hook = lambda data, _: (held.append(data), [])[1]
         for _ in range(3):
-            near.ping()
+            near.output.ping()
             near.recovery.sent.clear()
             talk.session._want_to_send()
             talk.net.flush()
@@ -194,7 +195,7 @@ def test_fault_27_old_keys_are_gone_after_three_pto() -> None:
         assert len(held) == 3
         near.phases._move(near.sealer, talk.net.now)
         near.phases.unanswered = True
-        near.ping()
+        near.output.ping()
         talk.session._want_to_send()
         talk.net.run(lambda: not near.phases.unanswered, limit=1.0)
         assert far.phases.previous is not None

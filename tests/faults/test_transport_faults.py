@@ -9,7 +9,8 @@ import pytest
 from stp.core.errors import ErrorCode
 from stp.core.events import Connected, NewToken, SessionClosed
 from stp.core.initspace import AMPLIFICATION
-from stp.core.session import Session, State
+from stp.core.session import Session
+from stp.core.states import State
 from tests.identity_kit import Flaw
 from tests.sim import START, Host, Network
 

@@ -15,7 +15,7 @@ import pytest
 from stp.core import frames
 from stp.core.errors import ErrorCode
 from stp.core.flow import SESSION_WINDOW, STREAM_WINDOW
-from stp.core.session import State
+from stp.core.states import State
 from tests.sim import Network
 
 MEMORY = 16 * 1024 * 1024

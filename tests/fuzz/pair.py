@@ -9,11 +9,12 @@ from functools import cache
 from OpenSSL import SSL
 
 from stp.core import packet
-from stp.core.dataspace import Transmit
 from stp.core.endpoint import Endpoint, EndpointConfig
 from stp.core.handshake import TlsSettings, make_context
 from stp.core.keys import SessionKeys
-from stp.core.session import Session, State
+from stp.core.output import Transmit
+from stp.core.session import Session
+from stp.core.states import State
 from tests.identity_kit import DOMAIN, shared
 
 HUB, EDGE = ("192.0.2.1", 9000), ("198.51.100.7", 40000)

@@ -1,0 +1,299 @@
+"""What leaves: fills, paces and seals the DATA packets of a session (protocol §5, §6); dataspace.py is the rest.
+
+(1) What asks for an ACK leaves only within the congestion window and the pacing, probes apart; ACKs always leave.
+(2) Bulk leaves in bursts of one stream, and only while nothing else is to be said.
+(3) `wake_at` is set whenever pacing or a full turn keeps something back.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from attrs import define
+
+from stp.core import frames
+from stp.core.acks import AckTracker
+from stp.core.congestion import Pacer, burst_packets, pacing_rate
+from stp.core.frames import STREAM_HEAD, STREAM_HEAD_SIZE, STREAM_LENGTH_HEAD, STREAM_LENGTH_HEAD_SIZE
+from stp.core.packet import DATA_OVERHEAD
+from stp.core.packetizer import BULK_OVERHEAD, PacketBuilder, Sealer
+from stp.core.path import LocalCids, Path, RemoteCids
+from stp.core.phases import Phases
+from stp.core.recovery import Recovery, Sent
+from stp.core.streams import SendStream
+from stp.core.streamset import StreamSet
+
+BURSTS_PER_TURN: Final = 4
+"""Bursts that one session sends before others, and what has arrived meanwhile, get their turn."""
+MAX_PATH_ANSWERS: Final = 8
+"""PATH_CHALLENGEs that wait for their answer; older ones are forgotten."""
+MAX_FRAME: Final = 300
+"""Bytes: every frame of ours but STREAM fits. A packet that was left with more room holds all there was to say."""
+
+_PING: Final = b"\x01"
+
+
+@define
+class Transmit:
+    """Bytes for the network: one datagram, or with `segment_size` several of that size, the last maybe shorter."""
+
+    addr: Any
+    data: bytes
+    segment_size: int = 0
+
+
+class Output:
+    """Made with its DataSpace, whose parts it shares."""
+
+    __slots__ = (
+        "_acks",
+        "_answers",
+        "_local_cids",
+        "_path",
+        "_phases",
+        "_ping",
+        "_pruning",
+        "_recovery",
+        "_remote_cids",
+        "_sealer",
+        "_streams",
+        "_to_say",
+        "pacer",
+        "wake_at",
+    )
+
+    def __init__(
+        self,
+        *,
+        sealer: Sealer,
+        phases: Phases,
+        acks: AckTracker,
+        recovery: Recovery,
+        path: Path,
+        streams: StreamSet,
+        local_cids: LocalCids,
+        remote_cids: RemoteCids,
+    ) -> None:
+        self.pacer = Pacer()
+        self.wake_at: float | None = None
+        """When there is more to send, if nothing else happens; None: when something does."""
+        self._sealer = sealer
+        self._phases = phases
+        self._acks = acks
+        self._recovery = recovery
+        self._path = path
+        self._streams = streams
+        self._local_cids = local_cids
+        self._remote_cids = remote_cids
+        self._to_say: dict[bytes, None] = {}
+        self._answers: list[bytes] = []
+        self._ping = False
+        self._pruning = False
+
+    def say(self, frame: bytes) -> None:
+        """A frame of the session's own: said until it is acknowledged."""
+        self._to_say[frame] = None
+
+    def answer(self, frame: bytes) -> None:
+        """A PATH_RESPONSE: said once."""
+        self._answers.append(frame)
+        del self._answers[:-MAX_PATH_ANSWERS]
+
+    def ping(self) -> None:
+        """Ask for an ACK, once, unless one of our packets is under way anyhow."""
+        self._ping = True
+
+    def send(self, now: float, out: list[Transmit]) -> None:
+        """Append what may leave now."""
+        sealer, phases = self._sealer, self._phases
+        if sealer.next - sealer.first >= phases.packets or now >= phases.due_at:
+            phases.begin(sealer, self._recovery.largest_acked, self._recovery.rtt.pto(), now)
+        self.wake_at = None
+        if self._ping:
+            self._ping = False
+            if (
+                not self._recovery.sent
+            ):  # not tracked: an idle session's silence has rules of its own (path.py)
+                sealer.run()
+                self._emit(sealer.seal(_PING), 0, out)
+        for _ in range(BURSTS_PER_TURN):
+            if not self._send_next(now, out):
+                return
+        self.wake_at = now  # there may be more
+
+    def _send_next(self, now: float, out: list[Transmit]) -> bool:
+        """One burst or one packet of mixed frames; False when there is nothing more to send now."""
+        recovery, path = self._recovery, self._path
+        if recovery.probes:
+            self._sealer.run()
+            self._send_mixed(now, out, streams=True)
+            return True
+        sender = self._streams.pick()
+        control = self._has_control()
+        due = self._acks.owing and self._acks.due(now)
+        room = recovery.congestion.cwnd - recovery.in_flight
+        if sender is None:
+            recovery.app_limited = room > 0
+            if not due and not control:
+                return False
+        elif room < path.datagram:
+            recovery.app_limited = False
+            sender = None
+        elif sender.id and not self.pacer.may_send(now):
+            recovery.app_limited = False
+            self.wake_at = self.pacer.next_at
+            sender = None
+        run = self._sealer.run()
+        if sender is not None and not control and not due:
+            offset, available = sender.due(self._streams.session_room)
+            if available >= path.datagram - BULK_OVERHEAD:
+                self._send_burst(sender, offset, available, min(run, room // path.datagram), now, out)
+                return True
+        if sender is not None or due or (control and room >= path.datagram):
+            return self._send_mixed(now, out, streams=sender is not None)
+        return False
+
+    def _rate(self) -> float:
+        return pacing_rate(self._recovery.congestion.cwnd, self._recovery.rtt.smoothed)
+
+    def _send_burst(
+        self,
+        sender: SendStream,
+        offset: int,
+        available: int,
+        most: int,
+        now: float,
+        out: list[Transmit],
+    ) -> None:
+        """Packets that hold nothing but bytes of one stream, at most `most` of them."""
+        size = self._path.datagram
+        piece = size - BULK_OVERHEAD
+        rate = self._rate()
+        most = min(most, burst_packets(rate, self._recovery.congestion.cwnd, size))
+        length = min(available, most * piece)
+        first = self._sealer.next
+        known = sender.next
+        data, index, fin = sender.take(offset, length)
+        sealed = self._sealer.seal_burst(sender.id, offset, data, index, length, piece, fin)
+        self._streams.on_taken(sender, length, sender.next - known)
+        self._recovery.on_sent(
+            Sent.burst(
+                first,
+                self._sealer.next - first,
+                now,
+                sender,
+                offset,
+                length,
+                piece,
+                BULK_OVERHEAD,
+                fin,
+            )
+        )
+        self.pacer.on_sent(len(sealed), rate, now)
+        self._emit(sealed, size, out)
+
+    def _has_control(self) -> bool:
+        cids = self._local_cids.pending or self._remote_cids.pending
+        return bool(self._streams.pending or self._to_say or self._answers or cids)
+
+    def _send_mixed(self, now: float, out: list[Transmit], *, streams: bool) -> bool:
+        """One packet of whatever is to be said, filled up with stream bytes. Whether there may be more."""
+        packet = PacketBuilder(self._path.datagram - DATA_OVERHEAD)
+        acking = self._acks.owing
+        if acking:
+            ack = self._acks.frame(now)
+            packet.room -= len(ack)
+            packet.parts.append(ack)
+        probing = self._recovery.probes > 0
+        if probing or self._recovery.congestion.cwnd - self._recovery.in_flight >= self._path.datagram:
+            self._write_control(packet)
+            if streams:
+                self._write_streams(packet, now)
+        eliciting = bool(packet.frames)
+        if not eliciting and (probing or (acking and self._acks.wants_pruning() and not self._pruning)):
+            packet.parts.append(_PING)
+            eliciting = True
+        if not packet.parts:
+            return False
+        if acking and eliciting:
+            packet.frames.append((self._acks, self._acks.next - 1))
+            self._pruning = True
+            packet.frames.append((self, None))
+        pn = self._sealer.next
+        sealed = self._sealer.seal(b"".join(packet.parts))
+        if eliciting:
+            self._recovery.on_sent(Sent.packet(pn, now, len(sealed), packet.frames))
+            self._recovery.probes = max(0, self._recovery.probes - 1)
+            self.pacer.on_sent(len(sealed), self._rate(), now)
+        self._emit(sealed, 0, out)
+        return packet.room <= MAX_FRAME or probing
+
+    def _write_control(self, packet: PacketBuilder) -> None:
+        if not self._has_control():
+            return
+        for frame in list(self._to_say):
+            if not packet.add(frame, self, frame):
+                return
+            del self._to_say[frame]
+        while self._answers:
+            if not packet.add(self._answers[0], self, None):
+                return
+            del self._answers[0]
+        for cids in (self._local_cids, self._remote_cids):
+            while (found := cids.next_frame()) is not None:
+                if not packet.add(found[0], cids, found[1]):
+                    return
+                cids.on_sent()
+        self._streams.write_frames(packet)
+
+    def _write_streams(self, packet: PacketBuilder, now: float) -> None:
+        """Fill up with STREAM frames; the last one needs no length."""
+        streams = self._streams
+        paced = not self._recovery.probes and not self.pacer.may_send(now)
+        tail: tuple[int, int, bytes, bool] | None = None
+        while packet.room > STREAM_LENGTH_HEAD_SIZE + STREAM_HEAD_SIZE:
+            sender = streams.pick()
+            if sender is None or (paced and sender.id):
+                break
+            if tail is not None:
+                _add_stream(packet, tail, length=True)
+            offset, available = sender.due(streams.session_room)
+            fills = available >= packet.room - STREAM_HEAD_SIZE
+            head = STREAM_HEAD_SIZE if fills else STREAM_LENGTH_HEAD_SIZE
+            length = min(available, packet.room - head)
+            known = sender.next
+            data, index, fin = sender.take(offset, length)
+            streams.on_taken(sender, length, sender.next - known)
+            tail = (sender.id, offset, data[index : index + length], fin)
+            packet.room -= head + length
+            packet.frames.append((sender, (offset, length, fin)))
+        if tail is not None:
+            _add_stream(packet, tail, length=False)
+
+    def _emit(self, sealed: bytes, size: int, out: list[Transmit]) -> None:
+        out.append(Transmit(self._path.addr, sealed, size if size and len(sealed) > size else 0))
+
+    def close_packet(self, code: int, reason: str) -> bytes:
+        """One datagram with CLOSE."""
+        return self._sealer.seal(frames.Close(code, reason).encode())
+
+    # -- the owner of what the session says, of PATH_RESPONSE, and of PINGs that prune
+
+    def on_acked(self, token: object) -> None:
+        if token is None:
+            self._pruning = False
+
+    def on_lost(self, token: object) -> None:
+        if isinstance(token, bytes):
+            self._to_say[token] = None
+        else:
+            self._pruning = False
+
+
+def _add_stream(packet: PacketBuilder, tail: tuple[int, int, bytes, bool], *, length: bool) -> None:
+    stream, offset, data, fin = tail
+    if length:
+        head = STREAM_LENGTH_HEAD.pack(frames.STREAM_LENGTH | fin, stream, offset, len(data))
+    else:
+        head = STREAM_HEAD.pack(frames.STREAM | fin, stream, offset)
+    packet.parts.append(head + data)
