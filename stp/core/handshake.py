@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from datetime import datetime
+from sys import intern
 from typing import Final, Protocol, TypeAlias
 
 from attrs import define
@@ -60,14 +61,12 @@ class TlsSettings:
 
 @define
 class PeerIdentity:
-    """Whom the verified leaf certificate names. `chain_der`: the verified chain, leaf first."""
+    """Whom the verified leaf certificate names, and what may end a session early. Kept while the session lasts."""
 
     domain: str
     node: str
-    leaf_der: bytes
     serial: int
     not_after: datetime
-    chain_der: tuple[bytes, ...]
 
 
 Authorise: TypeAlias = Callable[[PeerIdentity], str | None]
@@ -314,8 +313,7 @@ class Handshake:
     def _finish(self, judge: Judge) -> None:
         """TLS is content; we judge and derive (protocol §3, §4)."""
         leaf = self._tls.get_peer_certificate(as_cryptography=True)
-        chain = self._tls.get_verified_chain(as_cryptography=True)
-        if leaf is None or chain is None:
+        if leaf is None:
             raise HandshakeRefused("peer shows no certificate")
         try:
             domain, node = _identity(fully_parsed(leaf))
@@ -325,20 +323,17 @@ class Handshake:
         except UNREADABLE:
             self._say_goodbye()
             raise HandshakeRefused("certificate cannot be read") from None
-        leaf_der = leaf.public_bytes(Encoding.DER)
         self.peer = PeerIdentity(
-            domain=domain,
+            domain=intern(domain),
             node=node,
-            leaf_der=leaf_der,
             serial=leaf.serial_number,
             not_after=leaf.not_valid_after_utc,
-            chain_der=(leaf_der, *(c.public_bytes(Encoding.DER) for c in chain[1:])),
         )
         reason = judge.check_peer(self.peer)
         if reason is not None:
             self._say_goodbye()
             raise HandshakeRefused(reason)
-        self._derive(leaf_der, self.peer)
+        self._derive(leaf.public_bytes(Encoding.DER), self.peer)
 
     def _say_goodbye(self) -> None:
         """A close_notify under TLS keys: the refusal that a dialling peer can trust. A dialler sends none."""

@@ -31,7 +31,7 @@ class JoinedSession:
     """One end. What is written can be read at the other end when `deliver` has moved it."""
 
     def __init__(self, node: str, *, dialling: bool) -> None:
-        self.peer = PeerIdentity(DOMAIN, node, b"", 1, datetime(2100, 1, 1, tzinfo=UTC), ())
+        self.peer = PeerIdentity(DOMAIN, node, 1, datetime(2100, 1, 1, tzinfo=UTC))
         self.other: JoinedSession
         self.events: deque[events.Event] = deque([events.Connected(self.peer)])
         self.inbox: dict[int, bytearray] = {0: bytearray()}

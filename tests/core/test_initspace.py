@@ -549,8 +549,7 @@ def test_authorise_sees_the_whole_identity() -> None:
     pair = Pair(authorise=lambda peer: seen.append(peer))  # type: ignore[func-returns-value]
     pair.run_to_done()
     (peer,) = seen
-    assert peer.leaf_der == credentials("edge-1").chain_der[0]
-    assert peer.chain_der == (peer.leaf_der, shared().der())
+    assert (peer.domain, peer.node) == ("test", "edge-1")
     assert peer.not_after > datetime.now(UTC)
     assert peer.serial > 0
 
