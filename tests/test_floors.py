@@ -32,8 +32,8 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.core.handshake stp.core.packetizer",
     "stp.core.events stp.core.initspace stp.core.phases",
     "stp.core.output",
-    "stp.core.dataspace stp.core.states stp.core.verbs",
-    "stp.core.session",
+    "stp.core.dataspace stp.core.states",
+    "stp.core.session stp.core.verbs",
     "stp.core.endpoint",
     # -- stp: messages, sans-IO too
     "stp.topics stp.sources",

@@ -14,7 +14,7 @@ from stp.core.handshake import PeerIdentity
 from stp.core.streams import DEFAULT_WEIGHT
 
 if TYPE_CHECKING:
-    from stp.core.session import State
+    from stp.core.states import State
 
 
 class AnySession(Protocol):
