@@ -1,0 +1,185 @@
+"""The specification is enough: a client that was written from docs/protocol.md alone talks to a real stpd.
+
+(1) Nothing here but the tests' own oracle comes from stp, stpd or stpctl.
+(2) Handshake with Retry, hybrid group and exporter keys; HELLO; records kept; live subscription; CLOSE.
+(3) The same through loss in both directions.
+(4) Who is a stranger hears nothing, and who is not who it should be is not talked to.
+"""
+
+from __future__ import annotations
+
+import ast
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+import trio
+
+import stp
+from bench.fleet import Fleet, Node
+from tests.second import frames
+from tests.second.client import Client
+from tests.second.keys import InitialKeys
+from tests.second.session import Closed, Session
+from tests.second.tls import Bundle
+
+HERE = Path(__file__).parent
+ALLOWED = sys.stdlib_module_names | {"cryptography", "OpenSSL", "backports", "compression"}
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    with Fleet(tmp_path_factory.mktemp("second") / "fleet") as fleet:
+        hub = fleet.hub("hub-1")
+        made = fleet.gateway("edge-1", upstream=hub)
+        hub.start()
+        made.start()
+        yield made
+
+
+class Second(Protocol):
+    def __call__(self, node: str, seed: int = 0, loss: float = 0.0) -> Client: ...
+
+
+@pytest.fixture
+def second(gateway: Node) -> Iterator[Second]:
+    """Makes clients that lose this part of their datagrams in either direction."""
+    made: list[Client] = []
+
+    def make(node: str, seed: int = 0, loss: float = 0.0) -> Client:
+        dice = random.Random(seed)
+        bundle = Bundle(gateway.fleet.device(node, gateway))
+        made.append(Client(Session(bundle, drop=lambda: dice.random() < loss)))
+        return made[-1]
+
+    yield make
+    for client in made:
+        client.session.abandon()
+
+
+@pytest.mark.parametrize("path", sorted(HERE.glob("*.py")), ids=lambda path: path.name)
+def test_it_shares_nothing_with_us(path: Path) -> None:
+    """Promise (1). The tests themselves need our library: as the other end."""
+    if path.name.startswith("test_"):
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            assert name.split(".")[0] in ALLOWED or name.startswith("tests.second."), name
+
+
+async def exchange(client: Client, gateway: Node, size: int, count: int) -> None:
+    """Both ways between the second client and our own library, at the same gateway; all of it, in order."""
+    payload = random.Random(1).randbytes(size)
+    identity = gateway.fleet.device("ours", gateway)
+    async with stp.connect(gateway.url, identity=identity) as ours, trio.open_nursery() as nursery:
+        heard: list[tuple[str, bytes]] = []
+
+        async def listen(task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+            messages = ours.subscribe("second/#")
+            task_status.started()
+            async for message in messages:
+                heard.append((message.topic, message.payload))  # noqa: PERF401
+
+        nursery.start_soon(listen)
+
+        def talk() -> None:
+            client.start()
+            client.subscribe(["ours/#"])
+            client.wait_kept(*client.publish([("second/ready", b"")]))
+
+        await trio.to_thread.run_sync(talk)
+        with trio.fail_after(20):
+            for number in range(count):
+                await ours.publish(f"ours/{number}", payload)
+
+        def rest() -> None:
+            places = [
+                client.publish([(f"second/{number}/a", payload), (f"second/{number}/b", b"")])
+                for number in range(count)
+            ]
+            client.wait_kept(*places[-1], timeout=30.0)
+            client.until(lambda: len(client.received) == count, timeout=30.0)
+
+        await trio.to_thread.run_sync(rest)
+        assert [(m.topic, m.payload) for m in client.received] == [
+            (f"ours/{number}", payload) for number in range(count)
+        ]
+        with trio.fail_after(20):
+            while len(heard) < 2 * count:
+                await trio.sleep(0.01)
+        expected = [(f"second/{n}/{ab}", payload if ab == "a" else b"") for n in range(count) for ab in "ab"]
+        assert [pair for pair in heard if pair[0] != "second/ready"] == expected
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.real
+@pytest.mark.slow
+async def test_it_connects_publishes_receives_and_closes(second: Second, gateway: Node) -> None:
+    """Promise (2). More than a lane's first window goes either way, so that credit must be given and taken."""
+    client = second("second-1")
+    session = client.session
+    await exchange(client, gateway, size=60_000, count=20)
+    assert session.counts["retry"] == 1
+    assert session.group == "X25519MLKEM768"
+    assert client.hello["node"] == "edge-1"
+    assert client.hello["kind"] == "gateway"
+    assert set(session._peer_cids) >= {0, 1, 2, 3}
+    assert session.token
+    client.close()
+    gone = [
+        line for line in gateway.tail(50).splitlines() if '"session_closed"' in line and "second-1" in line
+    ]
+    assert len(gone) == 1
+    assert '"NO_ERROR"' in gone[0]
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+async def test_it_survives_loss(second: Second, gateway: Node, seed: int) -> None:
+    """Promise (3): a tenth of the datagrams is lost in either direction, those of the handshake too."""
+    client = second(f"lossy-{seed}", seed, loss=0.1)
+    await exchange(client, gateway, size=3000, count=20)
+    assert client.session.counts["dropped"] > 5
+    client.close()
+
+
+@pytest.mark.real
+def test_the_wrong_network_key_meets_silence(second: Second) -> None:
+    """Promise (4), R-3-6: not one datagram comes back, for a whole probe timeout and more."""
+    client = second("stranger")
+    client.session._initial = InitialKeys(client.session._dcid, b"x" * 32)
+    with pytest.raises(TimeoutError):
+        client.session.connect(timeout=0.7)
+    assert client.session.counts["retry"] == 0
+    assert client.session.counts["timeouts"] >= 1
+    assert client.session.counts["not opened"] == 0
+    assert not client.session._init.received.ranges
+
+
+@pytest.mark.real
+def test_a_name_that_is_not_the_certificates_ends_the_dial(second: Second) -> None:
+    """Promise (4), R-4-8."""
+    client = second("mistaken")
+    client.session.bundle.upstream_node = "hub-1"
+    with pytest.raises(Closed, match="not hub-1"):
+        client.start()
+    assert client.session._keys is None
+
+
+@pytest.mark.real
+def test_a_break_of_the_text_closes_with_its_code(second: Second) -> None:
+    """R-2-6 at the other end: an ACK of what was never sent draws CLOSE(PROTOCOL)."""
+    client = second("liar")
+    client.start()
+    client.session._data.queue.append(frames.write_ack([(1 << 40, (1 << 40) + 1)]))
+    with pytest.raises(Closed) as caught:
+        client.until(lambda: False, timeout=5.0)
+    assert caught.value.code == 0x0A
