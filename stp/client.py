@@ -174,7 +174,7 @@ class Client:
         self._dialler = Dialler(
             self._target,
             identity,
-            identity.network_keys if network_key is None else (network_key,),
+            network_key,
             kind=kind,
             run=time.time_ns() // 1_000_000,
         )

@@ -95,7 +95,7 @@ class Connection:
         contexts: ContextCache,
         hello: Hello,
         *,
-        network_keys: tuple[bytes, ...],
+        network_keys: Callable[[], tuple[bytes, ...]],
         prepare: Callable[[], Awaitable[None]],
         on_up: Callable[[Link], None],
         on_event: Callable[[Link, LinkEvent], None],
@@ -202,7 +202,7 @@ class Connection:
             EndpointConfig(
                 tls=self._contexts.tls,
                 leaf_der=self._contexts.leaf_der,
-                network_keys=self._network_keys,
+                network_keys=self._network_keys(),
                 random_bytes=os.urandom,
                 max_datagram=LOOPBACK_DATAGRAM,
                 datagram_for=datagram_for,
@@ -337,12 +337,14 @@ class Dialler:
     """Makes the connections of one process: one identity, one target, a hello each."""
 
     def __init__(
-        self, target: Address, identity: Identity, network_keys: tuple[bytes, ...], *, kind: str, run: int
+        self, target: Address, identity: Identity, network_key: bytes | None, *, kind: str, run: int
     ) -> None:
+        """`network_key`: instead of those of the identity; None: those, as they are at each dial."""
         self.target = target
         self.identity = identity
         self.run = run
-        self._network_keys = network_keys
+        self._network_keys = identity.network_keys if network_key is None else (network_key,)
+        self._own_key = network_key is not None
         self._kind = kind
         self._nonce = os.urandom(16)
         self._contexts = ContextCache(identity, TimeFloor())
@@ -370,7 +372,7 @@ class Dialler:
             identity,
             self._contexts,
             hello,
-            network_keys=self._network_keys,
+            network_keys=lambda: self._network_keys,
             prepare=self._take_renewed,
             on_up=on_up,
             on_event=on_event,
@@ -394,6 +396,8 @@ class Dialler:
             log.warning("the identity's files now name %s/%s; restart to use it", found.domain, found.node)
             return
         self._contexts.replace(found)
+        if not self._own_key:
+            self._network_keys = found.network_keys
 
 
 def _stamp(files: tuple[str, ...]) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import base64
 import binascii
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -318,6 +319,11 @@ def pem_block(label: str, data: bytes) -> str:
 
 def network_key_pem(key: bytes) -> str:
     return pem_block(LABEL_NETWORK_KEY, key)
+
+
+def network_key_id(key: bytes) -> str:
+    """What a network key is called where it may be seen: eight hexadecimal digits."""
+    return hashlib.sha256(b"stp1 network key id" + key).hexdigest()[:8]
 
 
 def upstream_pem(upstream: Upstream) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import click
 
 from stpd import __version__
-from stpd.setup_cli import init, join, renew
+from stpd.setup_cli import init, join, network_key, renew
 
 if TYPE_CHECKING:
     from stpd.daemon import StartupError
@@ -118,6 +118,7 @@ def check(path: Path) -> None:
 main.add_command(init)
 main.add_command(join)
 main.add_command(renew)
+main.add_command(network_key)
 
 
 def fail(cause: str, advice: str, status: int) -> NoReturn:

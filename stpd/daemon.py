@@ -506,6 +506,10 @@ class Daemon:
         report.changed, report.restart_needed = changes(self.config, fresh)
         if identity.leaf_der != self.identity.leaf_der:
             report.changed.append("certificate")
+        if identity.network_keys != self.identity.network_keys:
+            report.changed.append("network keys")
+            for config in self._endpoint_configs:
+                config.network_keys = identity.network_keys
         logs.set_level(fresh.log.level)
         self.config.access, self.config.log, self.config.identity = fresh.access, fresh.log, fresh.identity
         self.identity = identity

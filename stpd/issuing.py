@@ -32,7 +32,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from stp.core.errors import StpError
 from stp.core.handshake import UNREADABLE, fully_parsed, identity_of
 from stp.enrol import JoinToken, Refusal, parse_host, renewal_digest
-from stp.identity import DEFAULT_PORT, Identity, IdentityError, check_node_name, network_key_pem
+from stp.identity import (
+    DEFAULT_PORT,
+    Identity,
+    IdentityError,
+    check_node_name,
+    network_key_id,
+    network_key_pem,
+)
 from stp.pinned import EnrolError, by_anchors, exchange
 from stpd.keys import RENEWAL_GRACE, JoinTokens, NodeRegistry, RefusedError
 from stpd.pki import (
@@ -295,6 +302,7 @@ class Issuer:
             not_after=leaf.not_valid_after_utc.timestamp(),
             token=token,
             tags=tags,
+            network=[network_key_id(secret) for secret in self.identity().network_keys],
         )
 
     def _upstream(self, host: str) -> dict[str, str]:

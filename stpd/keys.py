@@ -93,6 +93,8 @@ class NodeEntry:
     renewed_at: float = 0.0
     token: str = ""
     tags: list[str] = Factory(list)
+    network: list[str] = Factory(list)
+    """The network keys that it was given last, by `network_key_id`; it sends with the first."""
     revoked: bool = False
 
 
@@ -299,6 +301,7 @@ class NodeRegistry:
         not_after: float,
         token: str = "",
         tags: list[str] | None = None,
+        network: list[str] | None = None,
     ) -> None:
         """Note a certificate that is about to be handed out. Raises OSError; then it must not be."""
         now = self._clock()
@@ -315,6 +318,7 @@ class NodeRegistry:
                 renewed_at=now if old else 0.0,
                 token=token or (old.token if old else ""),
                 tags=list(tags if tags is not None else old.tags if old else ()),
+                network=list(network or ()),
             )
             self._save({**self._content.nodes, node: entry}, self._content.revoked)
 

@@ -34,7 +34,7 @@ from stp.identity import (
     write_atomically,
 )
 from stp.pinned import EX_CANTCREAT, EX_UNAVAILABLE, EX_USAGE, EnrolError
-from stpd import templates
+from stpd import network_keys, templates
 from stpd.checks import split_address
 from stpd.config import Config, ConfigError, load
 from stpd.pki import NODE_LIFETIME, CertificateAuthority, PkiError, certificate_pem, private_pem, wall_clock
@@ -242,13 +242,25 @@ def _renew_above(config: Config, identity: Identity, file: Path, host: str | Non
     pending = file.with_name(f"{file.name}.renewing")
     key = enrol.pending_key(pending)
     grant = enrol.renew(identity, target, key)
-    if len(config.identity) > 1:  # the network keys stand in a file of their own
-        grant.network_key = ""
+    _take_network_keys(config, file, grant)
     fresh = _replace(
         file, grant.bundle(enrol.key_pem(key)) + (_kept_blocks(file) if not grant.network_key else b"")
     )
     pending.unlink(missing_ok=True)
     return fresh
+
+
+def _take_network_keys(config: Config, bundle: Path, grant: enrol.Grant) -> None:
+    """Network keys that stand in a file of their own are renewed there; in the bundle they come with the rest."""
+    try:
+        file = network_keys.key_file(config)
+        if file is None or file == bundle:
+            return
+        if grant.network_key:
+            network_keys.replace_keys(file, grant.network_key)
+        grant.network_key = ""
+    except OSError as exc:
+        raise _cannot_write(exc) from exc
 
 
 def _replace(file: Path, content: bytes) -> Identity:

@@ -1,4 +1,4 @@
-"""The commands `stpd init`, `stpd join` and `stpd renew`: `stpd.setup` for people.
+"""The commands `stpd init`, `join`, `renew` and `network-key`: `stpd.setup` and `stpd.network_keys` for people.
 
 What was done goes to standard output. An error is two lines on standard error, cause and advice, and an exit
 code of sysexits.h.
@@ -15,7 +15,7 @@ from typing import Final, NoReturn, TypeVar
 import click
 
 from stp.pinned import EnrolError
-from stpd import setup
+from stpd import network_keys, setup
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -146,5 +146,87 @@ def renew(config: str, host: str | None, force: bool, then: str | None) -> None:
         click.echo("  put it in force: stpctl reload; under the shipped units systemctl restart")
 
 
-COMMANDS: Final[tuple[click.Command, ...]] = (init, join, renew)
+@click.group("network-key")
+def network_key() -> None:
+    """Change the key without which nobody is answered. On the hub that has the CA.
+
+    Every node accepts the two keys that it holds and sends with the first, so a change takes three steps:
+
+    \b
+      stpd network-key add    a second key;     reload the hub, let all gateways renew
+      stpd network-key use    it becomes first; reload the hub, let all nodes renew
+      stpd network-key drop   the old one goes; reload the hub
+
+    A step that would cut off a node is refused and names it. Renewals hand the keys on: `stpd renew --force` on
+    a gateway and `stp renew` on a device make one happen; without haste, wait for their timers.
+    """
+
+
+def _config(command: F) -> F:
+    return click.option(
+        "--config", required=True, type=click.Path(dir_okay=False), help="The hub's configuration."
+    )(command)
+
+
+def _force(command: F) -> F:
+    return click.option("--force", is_flag=True, help="Although some nodes are not ready for it.")(command)
+
+
+def _keys(ask: Callable[[], network_keys.NetworkKeys], next_step: str = "") -> None:
+    try:
+        found = ask()
+    except EnrolError as exc:
+        _fail(exc)
+    for number, name in enumerate(found.ids):
+        place = "sends and accepts" if not number else "accepts"
+        known, sending = len(found.holders[number]), len(found.senders[number])
+        click.echo(f"{name}  the hub {place} it; {known} nodes have it, {sending} of them send with it")
+    if found.unknown:
+        click.echo(f"{len(found.unknown)} nodes have none of these, or have not renewed since this is noted")
+    if next_step:
+        click.echo(
+            f"  put it in force: stpctl reload; under the shipped units systemctl restart\n  {next_step}"
+        )
+
+
+@network_key.command("show")
+@_config
+def network_key_show(config: str) -> None:
+    """The keys by their fingerprints, and how many nodes have them."""
+    _keys(lambda: network_keys.show(config))
+
+
+@network_key.command("add")
+@_config
+def network_key_add(config: str) -> None:
+    """Step one: make a second key that everybody is to accept."""
+    _keys(
+        lambda: network_keys.add(config),
+        "then let all gateways renew (stpd renew --force), and say: stpd network-key use",
+    )
+
+
+@network_key.command("use")
+@_config
+@_force
+def network_key_use(config: str, force: bool) -> None:
+    """Step two: send with the second key. Refused while a gateway would not hear it."""
+    _keys(
+        lambda: network_keys.use(config, force=force),
+        "then let all nodes renew (stpd renew --force, stp renew), and say: stpd network-key drop",
+    )
+
+
+@network_key.command("drop")
+@_config
+@_force
+def network_key_drop(config: str, force: bool) -> None:
+    """Step three: forget the old key. Refused while a node still sends with it."""
+    _keys(
+        lambda: network_keys.drop(config, force=force),
+        "nodes that hold the old key as well forget it when they renew",
+    )
+
+
+COMMANDS: Final[tuple[click.Command, ...]] = (init, join, renew, network_key)
 """For `stpd` to attach: `for command in COMMANDS: main.add_command(command)`."""

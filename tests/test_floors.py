@@ -59,8 +59,10 @@ FLOORS: Final[tuple[str, ...]] = (
     "stpd.access stpd.limits",
     # -- stpd: certificates and tokens
     "stpd.pki",
-    "stpd.keys stpd.setup",
-    "stpd.issuing stpd.setup_cli",
+    "stpd.keys",
+    "stpd.network_keys",
+    "stpd.setup stpd.issuing",
+    "stpd.setup_cli",
     "stpd.enrol",
     # -- stpd/store: the only files that know a database
     "stpd.store.base stpd.store.reserve",

@@ -13,6 +13,8 @@ import trio
 import stp
 from bench.fleet import Fleet
 from stp.core.packet import DATA_BYTE
+from stp.identity import network_key_pem
+from stpd.network_keys import replace_keys
 
 pytestmark = [pytest.mark.real]
 
@@ -76,3 +78,31 @@ async def test_without_the_network_key_there_is_only_silence(tmp_path: Path) -> 
             ):
                 pytest.fail("reported as connected")
         assert hub.log.read_text() == before
+
+
+async def test_two_network_keys_are_accepted_after_a_reload(tmp_path: Path) -> None:
+    """R-3-6: a second key is heard from the reload on, sessions that stand go on, and dropping the first ends it."""
+    with Fleet(tmp_path) as fleet:
+        hub = fleet.hub()
+        hub.start()
+        old, new = fleet._network_key, os.urandom(32)
+        device, bundle = fleet.device("sensor-1", hub), Path(hub.directory) / "identity.pem"
+
+        async def is_heard(key: bytes, wait: float) -> bool:
+            try:
+                async with stp.connect(hub.url, identity=device, network_key=key, connect_timeout=wait):
+                    return True
+            except stp.Unreachable:
+                return False
+
+        async with stp.connect(hub.url, identity=device) as standing:
+            assert not await is_heard(new, 1.0)
+            replace_keys(bundle, network_key_pem(old) + network_key_pem(new))
+            assert "network keys" in hub.ctl("reload")["changed"]
+            assert await is_heard(new, 5.0)
+            assert await is_heard(old, 5.0)
+            replace_keys(bundle, network_key_pem(new))
+            hub.ctl("reload")
+            assert await is_heard(new, 5.0)
+            assert not await is_heard(old, 1.0)
+            await standing.publish("sensor-1/temp", b"1", receipt="kept")
