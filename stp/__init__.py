@@ -15,24 +15,25 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from stp.batch import Properties
-    from stp.client import Client, ClientStatistics, Ping, connect
+    from stp.client import Client, connect
     from stp.connection import Rejected, Unreachable
     from stp.core.errors import StpError, UsageError
     from stp.identity import Identity, IdentityError
     from stp.outbox import Refused
     from stp.publisher import MessageTooLarge
     from stp.requests import RequestTimeout
+    from stp.statistics import ClientStatistics, Ping
     from stp.subscriber import Message, Subscription
     from stp.topics import TopicError
 
 _HOME: Final = {
     "Client": "stp.client",
-    "ClientStatistics": "stp.client",
+    "ClientStatistics": "stp.statistics",
     "Identity": "stp.identity",
     "IdentityError": "stp.identity",
     "Message": "stp.subscriber",
     "MessageTooLarge": "stp.publisher",
-    "Ping": "stp.client",
+    "Ping": "stp.statistics",
     "Properties": "stp.batch",
     "Refused": "stp.outbox",
     "Rejected": "stp.connection",

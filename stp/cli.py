@@ -378,8 +378,7 @@ def renew(host: str | None, file: str | None) -> None:
     \b
     stp renew
     """
-    from stp.client import default_identity
-    from stp.enrol import renew_file
+    from stp.enrol import default_identity, renew_file
 
     path = file or default_identity()
     identity = renew_file(path, host)

@@ -23,17 +23,17 @@ import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from datetime import datetime
-from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal
 
 import trio
-from attrs import define, evolve
+from attrs import evolve
 
 from stp.batch import Properties, node_id
-from stp.connection import ConnectionStatistics, Dialler, Unreachable
+from stp.connection import REHANDSHAKE, Owner, Unreachable
 from stp.control import Hello, Subscribe, Subscribed, Unsubscribe
 from stp.core.errors import MessageError, UsageError
-from stp.enrol import device_path
+from stp.dialler import Dialler
+from stp.enrol import IdentitySource, load_identity
 from stp.identity import Identity, parse_url
 from stp.link import (
     Link,
@@ -44,11 +44,12 @@ from stp.link import (
     SubscribedReceived,
     Writable,
 )
-from stp.outbox import OutboxStatistics, Refused, Ticket
+from stp.outbox import Refused, Ticket
 from stp.publisher import MEMORY, Publisher
 from stp.reader import Reader
 from stp.requests import REQUEST_TIMEOUT, Requests
-from stp.subscriber import Inbox, InboxStatistics, Message, ReceiptLevel, Subscription, start_of
+from stp.statistics import ClientStatistics, Ping
+from stp.subscriber import Inbox, Message, ReceiptLevel, Subscription, start_of
 
 log: Final = logging.getLogger("stp.client")
 
@@ -65,35 +66,6 @@ CHECKPOINT_EVERY: Final = 32
 REFUSED_LOG_INTERVAL: Final = 1.0
 """Seconds between log lines about refused messages that nobody awaits; the count says how many there were."""
 
-IdentitySource: TypeAlias = Identity | str | Path | Sequence[str | Path]
-
-
-@define
-class Ping:
-    """One round trip to the keeper's message layer, and the network's share of it. Seconds."""
-
-    round_trip: float
-    network: float
-
-
-@define
-class ClientStatistics:
-    """A snapshot. `lanes` by name; `readers` one entry per session of a subscription's own."""
-
-    connection: ConnectionStatistics
-    lanes: dict[str, OutboxStatistics]
-    inbox: InboxStatistics
-    readers: dict[str, InboxStatistics]
-    refused_messages: int
-    late_replies: int
-    unfinished: int
-    """Messages that are neither kept nor refused for good."""
-
-
-def default_identity() -> Path:
-    """What STP_IDENTITY says, else where `stp join` writes: ~/.config/stp/device.pem."""
-    return Path(os.environ.get("STP_IDENTITY") or device_path())
-
 
 @contextlib.asynccontextmanager
 async def connect(
@@ -108,6 +80,7 @@ async def connect(
     compress: bool = False,
     on_refused: Callable[[Refused], None] | None = None,
     kind: str = "client",
+    rehandshake: float = REHANDSHAKE,
 ) -> AsyncIterator[Client]:
     """A session to the keeper at `stp://[node@]host[:port]`, kept up until the block is left.
 
@@ -115,15 +88,24 @@ async def connect(
     files, or a loaded Identity; by default STP_IDENTITY or `~/.config/stp/device.pem`. `node` is the name that the
     peer's certificate must carry, where neither the URL nor the identity says it. `network_key` (32 bytes) replaces
     the identity's. `memory`: bytes of messages that may wait to be kept. `on_refused` hears of every message that
-    was refused for good, awaited or not.
+    was refused for good, awaited or not. `rehandshake`: seconds, ± 10 %, after which a fresh session takes over from
+    the present one.
 
     Raises IdentityError, Unreachable after `connect_timeout` seconds (math.inf: never), Rejected at once when
     either side refuses the other's certificate. Leaving the block waits up to `close_timeout` until everything is
     kept, and says in the log if it was not.
     """
-    loaded = _load(default_identity() if identity is None else identity)
+    loaded = load_identity(identity)
     client = Client(
-        url, loaded, node, network_key, memory=memory, compress=compress, on_refused=on_refused, kind=kind
+        url,
+        loaded,
+        node,
+        network_key,
+        memory=memory,
+        compress=compress,
+        on_refused=on_refused,
+        kind=kind,
+        rehandshake=rehandshake,
     )
     failure: Exception | KeyboardInterrupt | None = None
     async with trio.open_nursery() as nursery:
@@ -144,13 +126,6 @@ async def connect(
         raise failure
 
 
-def _load(identity: IdentitySource) -> Identity:
-    if isinstance(identity, Identity):
-        return identity
-    paths = [identity] if isinstance(identity, str | Path) else list(identity)
-    return Identity.load([Path(path).expanduser() for path in paths])
-
-
 class Client:
     """What `connect` gives. All methods belong to the trio thread that made it."""
 
@@ -165,6 +140,7 @@ class Client:
         compress: bool,
         on_refused: Callable[[Refused], None] | None,
         kind: str,
+        rehandshake: float = REHANDSHAKE,
     ) -> None:
         upstream = identity.upstream
         target = parse_url(url or (upstream.url if upstream is not None else ""), upstream)
@@ -177,6 +153,7 @@ class Client:
             network_key,
             kind=kind,
             run=time.time_ns() // 1_000_000,
+            rehandshake=rehandshake,
         )
         source = os.urandom(16)
         self._publisher = Publisher(
@@ -190,10 +167,15 @@ class Client:
         self._inbox = Inbox(self, lambda: self._connection.wake())
         self._connection = self._dialler.connection(
             source,
-            on_up=self._on_up,
-            on_event=self._on_event,
-            on_down=self._on_down,
-            on_idle=self._on_idle,
+            Owner(
+                up=self._on_up,
+                event=self._on_event,
+                down=self._on_down,
+                idle=self._on_idle,
+                move=self._on_move,
+                settled=lambda link: not self._publisher.on(link),
+                left=self._on_left,
+            ),
         )
         self._nursery: trio.Nursery | None = None
         self._timer = trio.CancelScope()
@@ -538,15 +520,28 @@ class Client:
 
     def _on_up(self, link: Link) -> None:
         """HELLO came: sort by the keeper's classes, send again what is unanswered, subscribe again."""
+        self._sort(link)
+        self._publisher.attach(link, trio.current_time())
+        self._inbox.attach(link)
+        self._queued()
+
+    def _on_move(self, link: Link) -> None:
+        self._sort(link)
+        self._publisher.move(link, trio.current_time())
+        self._inbox.move(link)
+        self._queued()
+
+    def _on_left(self, link: Link) -> None:
+        self._publisher.lost(link, trio.current_time())
+        self._queued()
+
+    def _sort(self, link: Link) -> None:
         assert link.peer is not None
         if link.peer.classes:
             try:
                 self._publisher.sort_by(link.peer.classes)
             except MessageError as error:
                 log.warning("%s announces classes that cannot be used: %s", self._connection.where, error)
-        self._publisher.attach(link, trio.current_time())
-        self._inbox.attach(link)
-        self._queued()
 
     def _on_down(self) -> None:
         self._publisher.detach()
@@ -556,12 +551,12 @@ class Client:
         now = trio.current_time()
         match event:
             case RecordReceived():
-                self._inbox.on_record(event)
+                self._inbox.on_record(event, link)
             case ReceiptReceived(lane=lane, kept=kept, custody=custody, ranges=ranges):
-                self._publisher.on_receipt(lane, kept, custody, ranges, now)
+                self._publisher.on_receipt(lane, kept, custody, ranges, now, link)
                 self._answered(lane)
             case RefusedReceived(lane=lane, place=place, code=code, reason=reason):
-                self._publisher.on_refused(lane, place, code, event.retry_after_ms / 1000, reason, now)
+                self._publisher.on_refused(lane, place, code, event.retry_after_ms / 1000, reason, now, link)
                 self._answered(lane)
             case Writable(lane=lane):
                 self._publisher.on_writable(lane, now)

@@ -5,22 +5,24 @@
     in the slot that the peer names after GOING_AWAY.
 (3) Each attempt has a socket of its own: a new source port outlives a confused NAT.
 (4) A first attempt that the peer refuses by certificate is final: Rejected. Later ones are tried on, and told.
+(5) Make before break (R-9-4): a session dialled beside the present one takes over when its HELLO has come. The old
+    one carries until both sides have settled what they sent on it: nothing is lost, sent twice or overtaken.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import logging
+import math
 import os
 import random
 import socket
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Final, Protocol, TypeAlias
 
 import trio
-from attrs import define, evolve
+from attrs import Factory, define, evolve
 
 from stp.carriers.udp import LOOPBACK_DATAGRAM, UdpCarrier, datagram_for
 from stp.control import Goaway, Hello
@@ -28,8 +30,8 @@ from stp.core.endpoint import Endpoint, EndpointConfig
 from stp.core.errors import ErrorCode, StpError
 from stp.core.path import KEEPALIVE
 from stp.core.verbs import AnySession
-from stp.identity import Address, ContextCache, Identity, TimeFloor
-from stp.link import GoawayReceived, HelloReceived, Link, LinkClosed, LinkEvent
+from stp.identity import Address, ContextCache, Identity
+from stp.link import GoawayReceived, HelloReceived, Link, LinkClosed, LinkEvent, MovedReceived
 
 log: Final = logging.getLogger("stp.client")
 
@@ -46,8 +48,15 @@ CLOSE_TIMEOUT: Final = 1.0
 """Seconds that a closing session waits for its last receipts to arrive."""
 CLOSE_POLL: Final = 0.005
 
-SOFTWARE_VERSION: Final = "0.1.0"
-"""What HELLO says of this library."""
+REHANDSHAKE: Final = 24 * 3600.0
+SPREAD: Final = 0.1
+"""Seconds until a session is replaced by a fresh one, and by what share of it that varies (R-9-4)."""
+RENEWAL_CHECK: Final = 10.0
+"""Seconds between looks at the session's age and at the identity's files."""
+RENEWAL_RETRY: Final = 60.0
+"""Seconds until the next attempt when a fresh session could not be had."""
+SETTLE_TIMEOUT: Final = 600.0
+"""Seconds that a session may take to settle beside its successor: the application may take records slowly."""
 
 REFUSALS: Final = frozenset({ErrorCode.AUTH, ErrorCode.EXPIRED, ErrorCode.REVOKED})
 """Codes that say: not with this certificate."""
@@ -79,14 +88,66 @@ class ConnectionStatistics:
     attempts: int = 0
     connects: int = 0
     lost: int = 0
+    moves: int = 0
+    """Sessions that took over from one that still carried (5)."""
     rtt: float = 0.0
 
 
-class Connection:
-    """One session at a time to one address. `on_up(link)`, `on_event(link, event)` and `on_down()` are the owner's.
+class Carrier(Protocol):
+    """What moves the bytes of one session: UdpCarrier, TlsCarrier."""
 
-    `on_idle()` is called after the events of one wake-up were given.
-    """
+    def wake(self) -> None: ...
+    def close(self) -> None: ...
+    async def run(self, *, task_status: trio.TaskStatus[None] = ...) -> None: ...
+
+
+Dial: TypeAlias = Callable[[Callable[[AnySession], None]], Awaitable[tuple[AnySession, Carrier]]]
+"""`await dial(on_ready)` begins one session, with a carrier of its own that nobody runs yet. Raises OSError."""
+
+
+@define
+class Owner:
+    """What the owner of a connection does with its sessions; all but `move` and what follows it are asked of one
+    session at a time."""
+
+    up: Callable[[Link], None]
+    """A session is there; none was."""
+    event: Callable[[Link, LinkEvent], None]
+    down: Callable[[], None]
+    """There is none any more."""
+    idle: Callable[[], None] = lambda: None
+    """The events of one wake-up were given."""
+    move: Callable[[Link], None] = lambda link: None
+    """A session is there beside the present one, and takes over: send there what was not sent here, as soon as what
+    was sent here is answered. Events of both come until `left`."""
+    settled: Callable[[Link], bool] = lambda link: True
+    """Is everything answered that was sent on this older session?"""
+    left: Callable[[Link], None] = lambda link: None
+    """An older session is gone, settled or not: what it left unanswered goes to the present one."""
+
+
+@define(eq=False)
+class Line:
+    """One session of a connection and what carries it: dialled, up, or settling beside its successor."""
+
+    link: Link
+    carrier: Carrier
+    leaf: bytes
+    """Our certificate on it."""
+    ready: trio.Event = Factory(trio.Event)
+    """The peer's HELLO has come, or it ended before."""
+    ended: trio.Event = Factory(trio.Event)
+    closed: LinkClosed | None = None
+    renew_at: float = math.inf
+    """When another is dialled beside it (R-9-4)."""
+    settle_by: float = math.inf
+    """Its successor is up: when it is closed, settled or not."""
+    moved: bool = False
+    """The peer has said that it sends nothing more here."""
+
+
+class Connection:
+    """One session at a time to one address, and for a moment the one before beside it (5)."""
 
     def __init__(
         self,
@@ -94,14 +155,12 @@ class Connection:
         identity: Identity,
         contexts: ContextCache,
         hello: Hello,
+        owner: Owner,
         *,
         network_keys: Callable[[], tuple[bytes, ...]],
         prepare: Callable[[], Awaitable[None]],
-        on_up: Callable[[Link], None],
-        on_event: Callable[[Link, LinkEvent], None],
-        on_down: Callable[[], None],
-        on_idle: Callable[[], None],
         keepalive: float = KEEPALIVE,
+        rehandshake: float = REHANDSHAKE,
     ) -> None:
         self.target = target
         self.where = f"{target.host}:{target.port}"
@@ -113,15 +172,18 @@ class Connection:
         self._identity = identity
         self._contexts = contexts
         self._hello = hello
+        self._owner = owner
         self._network_keys = network_keys
         self._prepare = prepare
         self._keepalive = keepalive
-        self._on_up, self._on_event = on_up, on_event
-        self._on_down, self._on_idle = on_down, on_idle
-        self._dialled: Link | None = None
-        self._carrier: UdpCarrier | None = None
-        self._ended = trio.Event()
-        self._closed: LinkClosed | None = None
+        self._rehandshake = rehandshake
+        self._line: Line | None = None
+        """What is up, or is to be."""
+        self._beside: Line | None = None
+        """Dialled while `_line` is up; takes over when its HELLO has come."""
+        self._older: list[Line] = []
+        self._beside_lock = trio.Lock()
+        self._nursery: trio.Nursery | None = None
         self._slot: float | None = None
         self._token = b""
         self._first = trio.Event()
@@ -130,6 +192,13 @@ class Connection:
 
     async def run(self) -> None:
         """Keep the session up until cancelled, or until a first attempt was rejected."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            nursery.start_soon(self._keep_fresh)
+            await self._keep_up()
+            nursery.cancel_scope.cancel()
+
+    async def _keep_up(self) -> None:
         failures, at_once = 0, True
         while not self._closing:
             was_up = self.stats.connects
@@ -174,9 +243,11 @@ class Connection:
             raise Unreachable(self._peer_name(), seconds, self.cause)
 
     def wake(self) -> None:
-        """Something was queued on the link."""
-        if self._carrier is not None:
-            self._carrier.wake()
+        """Something was queued on a link."""
+        if self._line is not None:
+            self._line.carrier.wake()
+        for line in self._older:
+            line.carrier.wake()
 
     def statistics(self) -> ConnectionStatistics:
         """A snapshot."""
@@ -192,11 +263,46 @@ class Connection:
             return f"connected to {self._peer_name()}"
         return f"waiting for {self.where} to answer{f' ({self.cause})' if self.cause else ''}"
 
-    # -- one session -------------------------------------------------------------------------------------
+    # -- sessions, one after the other ---------------------------------------------------------------------
 
     async def _attempt(self, failures: int) -> LinkClosed:
-        """Dial once, and serve the session until it ends. Raises OSError."""
+        """Dial, and wait until that session, and every one that took over from it, has ended. Raises OSError."""
+        line: Line | None = await self._open(lambda on_ready: self.dial_udp(on_ready, failures))
+        assert line is not None
+        self._line = line
+        self._serve_soon(line)
+        while True:
+            await line.ended.wait()
+            closed = line.closed
+            line = self._wanted()
+            if line is None:
+                assert closed is not None
+                return closed
+
+    def _wanted(self) -> Line | None:
+        return self._line
+
+    async def _open(self, dial: Dial, continues: Line | None = None) -> Line:
+        """A session that has begun, as yet unserved. Raises OSError."""
         await self._prepare()
+        leaf, hello = self._contexts.leaf_der(), self._hello
+        if continues is not None:
+            hello = evolve(hello, continues=continues.link.session.id or b"")
+        session, carrier = await dial(self._on_ready)
+        link = Link(
+            session,
+            hello,
+            wall_ms=lambda: time.time_ns() // 1_000_000,
+            may_speak_for=_anybody,  # what comes from the keeper we chose comes from anywhere
+        )
+        line = link.app = Line(link, carrier, leaf)
+        session.app = link
+        return line
+
+    async def dial_udp(
+        self, on_ready: Callable[[AnySession], None], failures: int = 0
+    ) -> tuple[AnySession, Carrier]:
+        """A `Dial` over UDP, from a socket of its own (3); `failures` picks another of the name's addresses."""
         host, port = await self._resolve(failures)
         endpoint = Endpoint(
             EndpointConfig(
@@ -210,24 +316,12 @@ class Connection:
             )
         )
         local = "::" if ipaddress.ip_address(host.partition("%")[0]).version == 6 else "0.0.0.0"
-        carrier = await UdpCarrier.bind(endpoint, local, on_ready=self._on_ready)
-        self._ended, self._closed = trio.Event(), None
+        carrier = await UdpCarrier.bind(endpoint, local, on_ready=on_ready)
         try:
             address = await carrier.resolve(host, port)
-            async with trio.open_nursery() as nursery:
-                await nursery.start(carrier.run)
-                self._dial(endpoint, carrier, address)
-                closed = await self._watch()
-                nursery.cancel_scope.cancel()
-        finally:
-            if self._dialled is not None:  # cancelled: the peer need not find out by silence
-                self._dialled.close(ErrorCode.NO_ERROR, "", trio.current_time())
+        except BaseException:
             carrier.close()
-            self._carrier = self._dialled = None
-            self._down()
-        return closed
-
-    def _dial(self, endpoint: Endpoint, carrier: UdpCarrier, address: Any) -> None:
+            raise
         session = endpoint.connect(
             address,
             expected_node=self.target.node,
@@ -236,14 +330,7 @@ class Connection:
             token=self._token,
         )
         self._token = b""  # it opens one handshake
-        self._carrier = carrier
-        self._dialled = Link(
-            session,
-            self._hello,
-            wall_ms=lambda: time.time_ns() // 1_000_000,
-            may_speak_for=_anybody,  # what comes from the keeper we chose comes from anywhere
-        )
-        carrier.wake()
+        return session, carrier
 
     async def _resolve(self, failures: int) -> tuple[str, int]:
         """One of the name's addresses; another after each failure. Raises OSError."""
@@ -258,155 +345,198 @@ class Connection:
             return str(host), int(port)
         raise OSError(f"cannot resolve {self.target.host}: no answer in {RESOLVE_TIMEOUT:g} s")
 
-    async def _watch(self) -> LinkClosed:
-        """Until the session ends."""
-        while not self._ended.is_set():
-            with trio.move_on_after(CHECK_INTERVAL):
-                await self._ended.wait()
-            link = self._dialled
-            if link is not None and not self._ended.is_set():
-                self._give(link, link.check(trio.current_time()))
-        assert self._closed is not None
-        return self._closed
+    def _serve_soon(self, line: Line) -> None:
+        assert self._nursery is not None
+        self._nursery.start_soon(self._serve, line)
+
+    async def _serve(self, line: Line) -> None:
+        """Carry one session to its end."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(line.carrier.run)
+                line.carrier.wake()
+                while not line.ended.is_set():
+                    with trio.move_on_after(CHECK_INTERVAL):
+                        await line.ended.wait()
+                    if not line.ended.is_set():
+                        self._give(line, line.link.check(trio.current_time()))
+                nursery.cancel_scope.cancel()
+        finally:
+            # cancelled: the peer need not find out by silence
+            line.link.close(ErrorCode.NO_ERROR, "", trio.current_time())
+            line.carrier.close()
+            if line.closed is None:
+                self._end(line, LinkClosed(ErrorCode.NO_ERROR, "", by_peer=False))
+
+    # -- a second session beside the present one -----------------------------------------------------------
+
+    async def dial_beside(self, dial: Dial | None = None) -> bool:
+        """Dial a second session beside the present one, and move over to it when the peer's HELLO has come (5).
+
+        `dial` begins it, over whatever carrier: `dial_udp` by default. Nothing is interrupted: each lane goes on over
+        the new session when what it sent on the old one is answered, in both directions; the old one then closes, at
+        the latest after SETTLE_TIMEOUT. The owner hears `move`, never `down`, and no reconnect is counted.
+
+        True: moved. False: there was no session to move from, or the attempt failed; the present one stands as it
+        was. A caller that is cancelled gives the attempt up. Raises OSError when it could not begin.
+        """
+        async with self._beside_lock:
+            if not self._may_move():
+                return False
+            line = await self._open(dial or self.dial_udp, self._line)
+            if not self._may_move():  # lost meanwhile: `_keep_up` dials by itself
+                line.carrier.close()
+                return False
+            self._beside = line
+            self._serve_soon(line)
+            try:
+                await line.ready.wait()
+            finally:
+                if self._beside is line:
+                    self._beside = None
+                    line.link.close(ErrorCode.NO_ERROR, "", trio.current_time())
+                    line.carrier.wake()
+                    line.ended.set()
+            return line.closed is None
+
+    def _may_move(self) -> bool:
+        return self.link is not None and self._line is not None and not self._closing
+
+    def _move(self, line: Line) -> None:
+        """The HELLO of the session beside the present one has come."""
+        old = self._line
+        assert old is not None
+        self._line, self._beside, self.link = line, None, line.link
+        old.settle_by = trio.current_time() + SETTLE_TIMEOUT
+        self._older.append(old)
+        self.stats.moves += 1
+        self._set_age(line)
+        log.info("moved to a fresh session with %s", self._peer_name())
+        self._owner.move(line.link)
+        line.ready.set()
+
+    def _settle(self, line: Line) -> None:
+        """Close an older session when neither side waits for anything on it."""
+        now = trio.current_time()
+        if (line.moved and self._owner.settled(line.link)) or now >= line.settle_by:
+            line.link.flush()
+            line.link.close(ErrorCode.NO_ERROR, "moved", now)
+            line.carrier.wake()
+
+    def _set_age(self, line: Line) -> None:
+        line.renew_at = trio.current_time() + self._rehandshake * random.uniform(1 - SPREAD, 1 + SPREAD)
+
+    async def _keep_fresh(self) -> None:
+        """A fresh handshake by age, and when our certificate was renewed (R-9-4)."""
+        again = 0.0
+        while True:
+            await trio.sleep(RENEWAL_CHECK)
+            line = self._line
+            if self.link is None or line is None or trio.current_time() < again:
+                continue
+            await self._prepare()
+            if trio.current_time() < line.renew_at and self._contexts.leaf_der() == line.leaf:
+                continue
+            try:
+                fresh = await self.dial_beside()
+            except OSError as error:
+                log.warning("no fresh session with %s: %s", self._peer_name(), error)
+                fresh = False
+            if not fresh:
+                again = trio.current_time() + RENEWAL_RETRY * random.uniform(0.5, 1.0)
+
+    # -- what sessions say ---------------------------------------------------------------------------------
 
     def _on_ready(self, session: AnySession) -> None:
-        link = self._dialled
-        if link is not None and link.session is session:
-            self._give(link, link.process(trio.current_time()))
+        link = session.app
+        if link is not None:
+            self._give(link.app, link.process(trio.current_time()))
 
-    def _give(self, link: Link, events: list[LinkEvent]) -> None:
+    def _give(self, line: Line, events: list[LinkEvent]) -> None:
+        link = line.link
         for event in events:
             if isinstance(event, LinkClosed):
-                self._end(event)
-            elif isinstance(event, HelloReceived):
-                self._up(link)
-                self._on_event(link, event)
-            else:
-                if isinstance(event, GoawayReceived):
-                    self._heed(event.goaway)
-                self._on_event(link, event)
+                self._end(line, event)
+                continue
+            if isinstance(event, HelloReceived):
+                if line is self._beside:
+                    self._move(line)
+                elif line is self._line:
+                    self._up(line)
+            elif isinstance(event, GoawayReceived) and line is self._line:
+                self._heed(event.goaway)
+            elif isinstance(event, MovedReceived):
+                line.moved = True
+            if line is not self._beside:
+                self._owner.event(link, event)
         if events:
-            self._on_idle()
+            self._owner.idle()
         if link.token:
             self._token, link.token = link.token, b""
+        if line in self._older and line.closed is None:
+            self._settle(line)
 
-    def _up(self, link: Link) -> None:
+    def _up(self, line: Line) -> None:
         """(1)"""
-        self.link = link
+        self.link = line.link
         self.stats.connects += 1
         self.cause = ""
+        self._set_age(line)
         log.info("%s", self.describe())
-        self._on_up(link)
+        self._owner.up(line.link)
         self._first.set()
+
+    def _heed(self, goaway: Goaway) -> None:
+        self._slot = goaway.slot_ms / 1000
+
+    def _end(self, line: Line, closed: LinkClosed) -> None:
+        line.closed = closed
+        if line in self._older:
+            self._older.remove(line)
+            if self.link is not None:
+                self._owner.left(line.link)
+        elif line is self._beside:
+            self._beside = None
+            log.warning("no fresh session with %s: %s", self._peer_name(), _words(closed))
+        elif line is self._line:
+            self.cause = _words(closed)
+            if closed.code is ErrorCode.GOING_AWAY and closed.reason.isdigit():
+                self._slot = int(closed.reason) / 1000
+            self._line, self._beside = self._beside, None  # one that is being dialled is the next attempt
+            self._down()
+        line.ready.set()
+        line.ended.set()
 
     def _down(self) -> None:
         if self.link is not None:
             self.link = None
             self.stats.lost += 1
-            self._on_down()
-
-    def _heed(self, goaway: Goaway) -> None:
-        self._slot = goaway.slot_ms / 1000
-
-    def _end(self, closed: LinkClosed) -> None:
-        code = closed.code.name if isinstance(closed.code, ErrorCode) else str(closed.code)
-        self.cause = f"{code}: {closed.reason}" if closed.reason and closed.reason != code else code
-        if closed.code is ErrorCode.GOING_AWAY and closed.reason.isdigit():
-            self._slot = int(closed.reason) / 1000
-        self._closed = closed
-        self._down()
-        self._ended.set()
+            older, self._older = self._older, []
+            for line in older:
+                line.link.close(ErrorCode.NO_ERROR, "", trio.current_time())
+                line.carrier.wake()
+            self._owner.down()
 
     async def aclose(self) -> None:
         """Let the last receipts arrive, say CLOSE, and stop. `run` is then to be cancelled."""
         self._closing = True
-        link = self.link
-        if link is None:
+        if self.link is None or self._line is None:
             return
-        link.flush()
-        self.wake()
+        lines = [*self._older, self._line]
+        for line in lines:
+            line.link.flush()
+            line.carrier.wake()
         with trio.move_on_after(CLOSE_TIMEOUT):
-            while link.closed is None and link.unacknowledged_control:  # noqa: ASYNC110 - makes no event
+            while any(line.link.unacknowledged_control for line in lines):  # noqa: ASYNC110 - makes no event
                 await trio.sleep(CLOSE_POLL)
-        link.close(ErrorCode.NO_ERROR, "", trio.current_time())
-        if self._carrier is not None:
-            self._carrier.close()
+        for line in lines:
+            line.link.close(ErrorCode.NO_ERROR, "", trio.current_time())
+            line.carrier.close()
 
 
-class Dialler:
-    """Makes the connections of one process: one identity, one target, a hello each."""
-
-    def __init__(
-        self, target: Address, identity: Identity, network_key: bytes | None, *, kind: str, run: int
-    ) -> None:
-        """`network_key`: instead of those of the identity; None: those, as they are at each dial."""
-        self.target = target
-        self.identity = identity
-        self.run = run
-        self._network_keys = identity.network_keys if network_key is None else (network_key,)
-        self._own_key = network_key is not None
-        self._kind = kind
-        self._nonce = os.urandom(16)
-        self._contexts = ContextCache(identity, TimeFloor())
-        self._stamp = _stamp(identity.files)
-
-    def connection(
-        self,
-        source: bytes,
-        *,
-        on_up: Callable[[Link], None],
-        on_event: Callable[[Link, LinkEvent], None],
-        on_down: Callable[[], None],
-        on_idle: Callable[[], None],
-        keepalive: float = KEEPALIVE,
-    ) -> Connection:
-        """A connection that introduces itself with this source (16 bytes). `run` it to dial.
-
-        `keepalive`: seconds of silence after which it asks whether the keeper lives.
-        """
-        identity = self.identity
-        software = f"stp/{SOFTWARE_VERSION}"
-        hello = Hello(identity.domain, identity.node, source, self.run, self._nonce, self._kind, software)
-        return Connection(
-            self.target,
-            identity,
-            self._contexts,
-            hello,
-            network_keys=lambda: self._network_keys,
-            prepare=self._take_renewed,
-            on_up=on_up,
-            on_event=on_event,
-            on_down=on_down,
-            on_idle=on_idle,
-            keepalive=keepalive,
-        )
-
-    async def _take_renewed(self) -> None:
-        """Before each dial: take the identity from its files again, if they have changed."""
-        stamp = _stamp(self.identity.files)
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp
-        try:
-            found = await trio.to_thread.run_sync(Identity.load, self.identity.files)
-        except StpError as error:
-            log.warning("the renewed identity cannot be used: %s", error)
-            return
-        if (found.domain, found.node) != (self.identity.domain, self.identity.node):
-            log.warning("the identity's files now name %s/%s; restart to use it", found.domain, found.node)
-            return
-        self._contexts.replace(found)
-        if not self._own_key:
-            self._network_keys = found.network_keys
-
-
-def _stamp(files: tuple[str, ...]) -> tuple[int, ...]:
-    """Changes when a file does; nothing of a file that is not there."""
-    found = []
-    for file in files:
-        with contextlib.suppress(OSError):
-            found.append(os.stat(file).st_mtime_ns)
-    return tuple(found)
+def _words(closed: LinkClosed) -> str:
+    code = closed.code.name if isinstance(closed.code, ErrorCode) else str(closed.code)
+    return f"{code}: {closed.reason}" if closed.reason and closed.reason != code else code
 
 
 def _anybody(node: str) -> bool:

@@ -8,16 +8,17 @@
 
 from __future__ import annotations
 
-import json
+import re
 import struct
 from collections.abc import Callable
 from struct import Struct
-from typing import Any, Final, NoReturn, TypeAlias, cast
+from typing import Any, Final, TypeAlias
 
 from attrs import Factory, define
 
 from stp.core.errors import LimitError, ProtocolError, UsageError
 from stp.core.wire import Reader
+from stp.fields import Fields, id16_of, to_json
 
 MAX_CONTROL: Final = 16_384
 """Bytes of type and body."""
@@ -25,7 +26,6 @@ MAX_RANGES: Final = 255
 """Ranges in one RECEIPT."""
 MAX_REASON: Final = 256
 """Bytes of the reason in REFUSED that we send; longer ones are cut."""
-MAX_U64: Final = 0xFFFF_FFFF_FFFF_FFFF
 
 HELLO: Final = 1
 RECEIPT: Final = 2
@@ -37,7 +37,13 @@ STATUS: Final = 7
 GOAWAY: Final = 8
 INTRODUCE: Final = 9
 SUBSCRIBED: Final = 10
+MOVED: Final = 11
+REVOKED: Final = 12
 
+MAX_SERIALS: Final = 256
+"""Serials in one REVOKED; more follow in further ones."""
+
+_SERIAL: Final = re.compile(r"[0-9a-f]{1,40}")
 _HEAD: Final = Struct("!IB")
 _RECEIPT: Final = Struct("!BQQB")
 _REFUSED: Final = Struct("!BQHI")
@@ -80,6 +86,8 @@ class Hello:
     time_error_ms: int = 0
     classes: list[ClassRule] | None = None
     """From keepers only."""
+    continues: bytes = b""
+    """The id (16 bytes) of the session that this one takes over from while it still carries; b"" for none."""
 
 
 @define
@@ -163,6 +171,18 @@ class Introduce:
     names: dict[bytes, str]
 
 
+@define
+class Moved:
+    """The sender's last record on this session was answered: what follows comes on the one that continues it."""
+
+
+@define
+class Revoked:
+    """Certificates that nobody below may come in with: serial -> Unix seconds until which to remember it."""
+
+    serials: dict[int, int]
+
+
 Control: TypeAlias = (
     Hello
     | Receipt
@@ -174,6 +194,8 @@ Control: TypeAlias = (
     | Status
     | Goaway
     | Introduce
+    | Moved
+    | Revoked
 )
 
 
@@ -192,10 +214,6 @@ def encode_control(control: Control) -> bytes:
     return _HEAD.pack(len(body) + 1, kind) + body
 
 
-def _json(fields: Any) -> bytes:
-    return json.dumps(fields, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-
-
 def _encode_hello(hello: Hello) -> bytes:
     fields: dict[str, Any] = {
         "domain": hello.domain,
@@ -211,7 +229,9 @@ def _encode_hello(hello: Hello) -> bytes:
     }
     if hello.classes is not None:
         fields["classes"] = [_class_fields(rule) for rule in hello.classes]
-    return _json(fields)
+    if hello.continues:
+        fields["continues"] = hello.continues.hex()
+    return to_json(fields)
 
 
 def _class_fields(rule: ClassRule) -> dict[str, Any]:
@@ -248,17 +268,17 @@ def _encode_subscribe(subscribe: Subscribe) -> bytes:
         fields["max_lag"] = subscribe.max_lag
     if subscribe.group is not None:
         fields["group"] = subscribe.group
-    return _json(fields)
+    return to_json(fields)
 
 
 def _encode_unsubscribe(unsubscribe: Unsubscribe) -> bytes:
-    return _json({"id": unsubscribe.id})
+    return to_json({"id": unsubscribe.id})
 
 
 def _encode_subscribed(subscribed: Subscribed) -> bytes:
     if subscribed.ok:
-        return _json({"id": subscribed.id, "ok": True})
-    return _json({"id": subscribed.id, "error": subscribed.error or ""})
+        return to_json({"id": subscribed.id, "ok": True})
+    return to_json({"id": subscribed.id, "error": subscribed.error or ""})
 
 
 def _encode_drain_credit(credit: DrainCredit) -> bytes:
@@ -266,15 +286,25 @@ def _encode_drain_credit(credit: DrainCredit) -> bytes:
 
 
 def _encode_status(status: Status) -> bytes:
-    return _json(status.fields)
+    return to_json(status.fields)
 
 
 def _encode_goaway(goaway: Goaway) -> bytes:
-    return _json({"reason": goaway.reason, "slot_ms": goaway.slot_ms})
+    return to_json({"reason": goaway.reason, "slot_ms": goaway.slot_ms})
 
 
 def _encode_introduce(introduce: Introduce) -> bytes:
-    return _json({source.hex(): node for source, node in introduce.names.items()})
+    return to_json({source.hex(): node for source, node in introduce.names.items()})
+
+
+def _encode_moved(moved: Moved) -> bytes:
+    return to_json({})
+
+
+def _encode_revoked(revoked: Revoked) -> bytes:
+    if len(revoked.serials) > MAX_SERIALS:
+        raise ValueError(f"{len(revoked.serials)} serials; at most {MAX_SERIALS}")
+    return to_json({f"{serial:x}": until for serial, until in revoked.serials.items()})
 
 
 _ENCODERS: Final[dict[type, tuple[int, Callable[[Any], bytes]]]] = {
@@ -288,6 +318,8 @@ _ENCODERS: Final[dict[type, tuple[int, Callable[[Any], bytes]]]] = {
     Goaway: (GOAWAY, _encode_goaway),
     Introduce: (INTRODUCE, _encode_introduce),
     Subscribed: (SUBSCRIBED, _encode_subscribed),
+    Moved: (MOVED, _encode_moved),
+    Revoked: (REVOKED, _encode_revoked),
 }
 
 
@@ -300,89 +332,6 @@ def decode_control(type: int, body: bytes) -> Control | None:
     return None if decode is None else decode(body)
 
 
-class _Fields:
-    """A JSON object from the peer, read field by field; raises ProtocolError only."""
-
-    __slots__ = ("_fields", "_what")
-
-    def __init__(self, fields: object, what: str) -> None:
-        if not isinstance(fields, dict):
-            raise ProtocolError(f"{what} is not a JSON object")
-        self._fields = cast("dict[str, object]", fields)
-        self._what = what
-
-    @classmethod
-    def parse(cls, body: bytes, what: str) -> _Fields:
-        try:
-            value = json.loads(body.decode(), parse_constant=_no_constant)
-            _json(value)  # half a surrogate pair or 1e999 would only fail when we pass it on
-            return cls(value, what)
-        except (ValueError, RecursionError) as exc:
-            raise ProtocolError(f"{what} is not JSON: {exc}") from None
-
-    def all(self) -> dict[str, Any]:
-        return self._fields
-
-    def _wrong(self, key: str, wanted: str) -> NoReturn:
-        raise ProtocolError(f"{self._what}: {key} is not {wanted}")
-
-    def text(self, key: str, default: str | None = None) -> str:
-        value = self._fields.get(key, default)
-        if not isinstance(value, str):
-            self._wrong(key, "a text")
-        return value
-
-    def optional_text(self, key: str) -> str | None:
-        return None if self._fields.get(key) is None else self.text(key)
-
-    def number(self, key: str, default: int | None = None, least: int = 0, most: int = MAX_U64) -> int:
-        value = self._fields.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            self._wrong(key, f"a whole number from {least} to {most}")
-        return value
-
-    def seconds(self, key: str) -> float | None:
-        value = self._fields.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= MAX_U64:
-            self._wrong(key, "a number of seconds")
-        return value
-
-    def texts(self, key: str, default: list[str] | None = None) -> tuple[str, ...]:
-        values = self._fields.get(key, default)
-        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            self._wrong(key, "a list of texts")
-        return tuple(values)
-
-    def id16(self, key: str) -> bytes:
-        value = _id16(self.text(key))
-        if value is None:
-            self._wrong(key, "16 bytes in hex")
-        return value
-
-    def objects(self, key: str) -> list[_Fields] | None:
-        values = self._fields.get(key)
-        if values is None:
-            return None
-        if not isinstance(values, list):
-            self._wrong(key, "a list")
-        return [_Fields(value, f"{self._what}: {key}") for value in values]
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _id16(text: str) -> bytes | None:
-    """16 bytes from exactly 32 hex digits; bytes.fromhex alone would also take blanks."""
-    try:
-        value = bytes.fromhex(text)
-    except ValueError:
-        return None
-    return value if len(text) == 32 and len(value) == 16 else None
-
-
 def _lane(lane: int) -> int:
     if not 1 <= lane <= 4:
         raise ProtocolError(f"there is no lane {lane}")
@@ -390,7 +339,7 @@ def _lane(lane: int) -> int:
 
 
 def _decode_hello(body: bytes) -> Hello:
-    fields = _Fields.parse(body, "HELLO")
+    fields = Fields.parse(body, "HELLO")
     classes = fields.objects("classes")
     return Hello(
         domain=fields.text("domain"),
@@ -404,10 +353,11 @@ def _decode_hello(body: bytes) -> Hello:
         time_ms=fields.number("time_ms", 0),
         time_error_ms=fields.number("time_error_ms", 0),
         classes=None if classes is None else [_decode_class(rule) for rule in classes],
+        continues=fields.id16("continues") if "continues" in fields.all() else b"",
     )
 
 
-def _decode_class(rule: _Fields) -> ClassRule:
+def _decode_class(rule: Fields) -> ClassRule:
     return ClassRule(
         name=rule.text("name"),
         filters=rule.texts("filters"),
@@ -448,7 +398,7 @@ def _decode_refused(body: bytes) -> Refused:
 
 
 def _decode_subscribe(body: bytes) -> Subscribe:
-    fields = _Fields.parse(body, "SUBSCRIBE")
+    fields = Fields.parse(body, "SUBSCRIBE")
     start: str | int
     if isinstance(fields.all().get("start"), str):
         start = fields.text("start")
@@ -467,11 +417,11 @@ def _decode_subscribe(body: bytes) -> Subscribe:
 
 
 def _decode_unsubscribe(body: bytes) -> Unsubscribe:
-    return Unsubscribe(_Fields.parse(body, "UNSUBSCRIBE").text("id"))
+    return Unsubscribe(Fields.parse(body, "UNSUBSCRIBE").text("id"))
 
 
 def _decode_subscribed(body: bytes) -> Subscribed:
-    fields = _Fields.parse(body, "SUBSCRIBED")
+    fields = Fields.parse(body, "SUBSCRIBED")
     if fields.all().get("ok") is True:
         return Subscribed(fields.text("id"))
     return Subscribed(fields.text("id"), False, fields.text("error"))
@@ -485,23 +435,40 @@ def _decode_drain_credit(body: bytes) -> DrainCredit:
 
 
 def _decode_status(body: bytes) -> Status:
-    return Status(_Fields.parse(body, "STATUS").all())
+    return Status(Fields.parse(body, "STATUS").all())
 
 
 def _decode_goaway(body: bytes) -> Goaway:
-    fields = _Fields.parse(body, "GOAWAY")
+    fields = Fields.parse(body, "GOAWAY")
     return Goaway(fields.text("reason", ""), fields.number("slot_ms", 0))
 
 
 def _decode_introduce(body: bytes) -> Introduce:
-    fields = _Fields.parse(body, "INTRODUCE")
+    fields = Fields.parse(body, "INTRODUCE")
     names: dict[bytes, str] = {}
     for key in fields.all():
-        source = _id16(key)
+        source = id16_of(key)
         if source is None:
             raise ProtocolError("INTRODUCE: a key is not 16 bytes in hex")
         names[source] = fields.text(key)
     return Introduce(names)
+
+
+def _decode_moved(body: bytes) -> Moved:
+    Fields.parse(body, "MOVED")
+    return Moved()
+
+
+def _decode_revoked(body: bytes) -> Revoked:
+    fields = Fields.parse(body, "REVOKED")
+    serials: dict[int, int] = {}
+    for key in fields.all():
+        if not _SERIAL.fullmatch(key):
+            raise ProtocolError("REVOKED: a key is not a serial in hex")
+        serials[int(key, 16)] = fields.number(key)
+    if len(serials) > MAX_SERIALS:
+        raise ProtocolError(f"REVOKED: {len(serials)} serials; at most {MAX_SERIALS}")
+    return Revoked(serials)
 
 
 _DECODERS: Final[dict[int, Callable[[bytes], Control]]] = {
@@ -515,6 +482,8 @@ _DECODERS: Final[dict[int, Callable[[bytes], Control]]] = {
     GOAWAY: _decode_goaway,
     INTRODUCE: _decode_introduce,
     SUBSCRIBED: _decode_subscribed,
+    MOVED: _decode_moved,
+    REVOKED: _decode_revoked,
 }
 
 

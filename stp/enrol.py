@@ -20,11 +20,11 @@ import os
 import re
 import secrets
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from attrs import define, field
 from cryptography import x509
@@ -61,6 +61,8 @@ TOKEN_ID_SIZE: Final = 5
 TOKEN_SECRET_SIZE: Final = 16
 """128 bits: not to be guessed at any rate, so a plain SHA-256 of it is enough at rest."""
 RENEW_CONTEXT: Final = b"stp-enrol/1 renew\0"
+
+IdentitySource: TypeAlias = Identity | str | Path | Sequence[str | Path]
 
 
 class Refusal(StrEnum):
@@ -328,6 +330,21 @@ def device_path() -> Path:
     """$XDG_CONFIG_HOME/stp/device.pem, else ~/.config/stp/device.pem."""
     base = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
     return Path(base) / "stp" / "device.pem"
+
+
+def default_identity() -> Path:
+    """What STP_IDENTITY says, else where `stp join` writes: ~/.config/stp/device.pem."""
+    return Path(os.environ.get("STP_IDENTITY") or device_path())
+
+
+def load_identity(identity: IdentitySource | None) -> Identity:
+    """From a bundle, or several files; None: the default one. Blocking. Raises IdentityError."""
+    if identity is None:
+        identity = default_identity()
+    if isinstance(identity, Identity):
+        return identity
+    paths = [identity] if isinstance(identity, str | Path) else list(identity)
+    return Identity.load([Path(path).expanduser() for path in paths])
 
 
 def join_device(token: str, host: str, name: str, out: str | Path | None = None) -> Path:

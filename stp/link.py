@@ -39,10 +39,12 @@ from stp.link_events import (
     LinkClosed,
     LinkEvent,
     LinkStatistics,
+    MovedReceived,
     ReceiptReceived,
     RecordReceived,
     RecordRejected,
     RefusedReceived,
+    RevokedReceived,
     SourceIntroduced,
     StatusReceived,
     SubscribedReceived,
@@ -65,10 +67,12 @@ __all__ = [
     "LinkClosed",
     "LinkEvent",
     "LinkStatistics",
+    "MovedReceived",
     "ReceiptReceived",
     "RecordReceived",
     "RecordRejected",
     "RefusedReceived",
+    "RevokedReceived",
     "SourceIntroduced",
     "StatusReceived",
     "SubscribeReceived",
@@ -202,6 +206,11 @@ class Link:
         """Bytes queued on the lane that have not left once: they wait for credit or for the network."""
         outgoing = self._out.get(lane)
         return self.session.unsent(outgoing.stream) if outgoing is not None and self._open else 0
+
+    def lane_settled(self, lane: int) -> bool:
+        """Has the peer settled everything sent on this lane (kept it, or refused it)? Nothing sent: yes."""
+        outgoing = self._out.get(lane)
+        return outgoing is None or outgoing.kept == outgoing.sent
 
     def send_record(self, lane: int, record: bytes) -> int:
         """Queue one record whole and return its place. INTRODUCE goes first for a source not introduced yet.
@@ -412,6 +421,10 @@ class Link:
                 out.append(StatusReceived(record))
             case control.DrainCredit():
                 out.append(DrainCreditReceived(record.lane, record.bytes_per_second))
+            case control.Moved():
+                out.append(MovedReceived())
+            case control.Revoked():
+                out.append(RevokedReceived(record.serials))
             case _:
                 raise ProtocolError("a second HELLO")
 

@@ -113,6 +113,18 @@ class DrainCreditReceived:
 
 
 @define
+class MovedReceived:
+    """The peer sends no more on this session: what follows comes on the one that continues it."""
+
+
+@define
+class RevokedReceived:
+    """Certificates, by serial, that may come in no longer, and until when (Unix seconds) to remember them."""
+
+    serials: dict[int, int]
+
+
+@define
 class Writable:
     """There is room on this lane again (`lane_room`)."""
 
@@ -141,6 +153,8 @@ LinkEvent: TypeAlias = (
     | GoawayReceived
     | StatusReceived
     | DrainCreditReceived
+    | MovedReceived
+    | RevokedReceived
     | Writable
     | LinkClosed
 )

@@ -7,6 +7,8 @@
     A batch of several topics that is denied is halved first, until only what is denied is left.
 (4) A record is deleted when it is kept; where its caller waits for custody, when it is in custody.
 (5) Memory is what `used` says: bytes of records that are not deleted.
+(6) Moving to a session beside the present one overtakes nothing and sends nothing twice: this lane goes on there
+    when all that was sent here is answered. Only what waits for custody is sent again, and is known there.
 """
 
 from __future__ import annotations
@@ -160,6 +162,8 @@ class Outbox:
     refusal: str = ""
     """Why `not_before` was set, in words."""
     stats: OutboxStatistics = Factory(OutboxStatistics)
+    _successor: Link | None = None
+    """Where this lane goes on when all that was sent is answered (6)."""
     _next: int = 1
     _unsent: deque[Flight] = field(factory=deque)
     _sent: deque[Flight] = field(factory=deque)
@@ -185,9 +189,33 @@ class Outbox:
         self.detach()
         self.link = link
 
+    def move(self, link: Link) -> None:
+        """A session beside the present one is up: (6). Without a present one, as `attach`."""
+        if self.link is None:
+            self.attach(link)
+            return
+        self._successor = link
+        self._cross()
+
+    def lost(self, link: Link) -> None:
+        """This session is gone, and there is another: what is unanswered goes there."""
+        if link is self.link and self._successor is not None:
+            self.attach(self._successor)
+
+    def _cross(self) -> bool:
+        """May this lane send? Moves it to the session that continues the present one, if it is time (6)."""
+        if self._successor is None:
+            return True
+        if self._sent:
+            return False
+        pause, refusal = self.not_before, self.refusal
+        self.attach(self._successor)
+        self.not_before, self.refusal = pause, refusal
+        return True
+
     def detach(self) -> None:
         """The session is gone, and what it refused for a while with it."""
-        self.link = None
+        self.link = self._successor = None
         self.not_before = 0.0
         self.refusal = ""
         again = [*self._awaiting, *self._sent]
@@ -201,9 +229,9 @@ class Outbox:
 
     def pump(self, now: float) -> None:
         """Send what may be sent."""
-        link = self.link
-        if link is None or now < self.not_before:
+        if self.link is None or now < self.not_before or not self._cross():
             return
+        link = self.link
         self.not_before = 0.0
         self.refusal = ""
         while self._unsent and link.lane_room(self.lane) > 0:

@@ -136,6 +136,23 @@ class Publisher:
         self._pump(now)
         self.next_timeout()
 
+    def move(self, link: Link, now: float) -> None:
+        """A session beside the present one is up: each lane goes on there when what it sent here is answered."""
+        self._linked = True
+        for outbox in self._outboxes.values():
+            outbox.move(link)
+        self._pump(now)
+
+    def on(self, link: Link) -> bool:
+        """Is there a lane that still waits for answers on this session?"""
+        return any(outbox.link is link for outbox in self._outboxes.values())
+
+    def lost(self, link: Link, now: float) -> None:
+        """The session that another continues is gone: what is unanswered goes to that one."""
+        for outbox in self._outboxes.values():
+            outbox.lost(link)
+        self._pump(now)
+
     def detach(self) -> None:
         """The session is gone."""
         self._linked = False
@@ -332,17 +349,34 @@ class Publisher:
     # -- answers and time --------------------------------------------------------------------------------
 
     def on_receipt(
-        self, lane: int, kept: int, custody: int, ranges: list[tuple[int, int]], now: float
+        self,
+        lane: int,
+        kept: int,
+        custody: int,
+        ranges: list[tuple[int, int]],
+        now: float,
+        link: Link | None = None,
     ) -> None:
-        """Places of this lane are settled at the keeper."""
+        """Places of this lane are settled at the keeper. `link`: on which session, where there may be two."""
+        if link is not None and link is not self._outboxes[lane].link:
+            return  # of a session that this lane has left
         self._outboxes[lane].on_receipt(kept, custody, ranges)
         self._after_answers(lane, now)
 
     def on_refused(
-        self, lane: int, place: int, code: int, retry_after: float, reason: str, now: float
+        self,
+        lane: int,
+        place: int,
+        code: int,
+        retry_after: float,
+        reason: str,
+        now: float,
+        link: Link | None = None,
     ) -> None:
-        """The record at this place was not taken; `retry_after` in seconds."""
+        """The record at this place was not taken; `retry_after` in seconds. `link` as in `on_receipt`."""
         outbox = self._outboxes[lane]
+        if link is not None and link is not outbox.link:
+            return
         outbox.on_refusal(place, code, retry_after, reason, now)
         self._after_answers(lane, now)
         if outbox.not_before:

@@ -11,8 +11,9 @@ from typing import Final
 
 import trio
 
-from stp.connection import Dialler
+from stp.connection import Owner
 from stp.control import Subscribe
+from stp.dialler import Dialler
 from stp.link import Link, LinkEvent, RecordReceived, SubscribedReceived
 from stp.outbox import Refused
 from stp.subscriber import Inbox, Replier, Subscription
@@ -28,10 +29,13 @@ class Reader:
         self.wanted = wanted
         self._connection = dialler.connection(
             os.urandom(16),
-            on_up=self._on_up,
-            on_event=self._on_event,
-            on_down=self._on_down,
-            on_idle=self._on_idle,
+            Owner(
+                up=self._on_up,
+                event=self._on_event,
+                down=self._on_down,
+                idle=self._on_idle,
+                move=self._on_move,
+            ),
             keepalive=KEEPALIVE,
         )
         self.inbox = Inbox(replier, self._connection.wake, once=True)
@@ -68,12 +72,15 @@ class Reader:
     def _on_up(self, link: Link) -> None:
         self.inbox.attach(link)
 
+    def _on_move(self, link: Link) -> None:
+        self.inbox.move(link)
+
     def _on_down(self) -> None:
         self.inbox.detach()
 
     def _on_event(self, link: Link, event: LinkEvent) -> None:
         if isinstance(event, RecordReceived):
-            self.inbox.on_record(event)
+            self.inbox.on_record(event, link)
         elif isinstance(event, SubscribedReceived):
             self.inbox.on_subscribed(event.subscribed)
 

@@ -137,6 +137,8 @@ class Inbox:
         self._wake = wake
         self._once = once
         self._link: Link | None = None
+        self._older: Link | None = None
+        """The session that the present one continues, while it is there."""
         self._unflushed = 0
         self._flushed_at = 0.0
         self._seen: dict[tuple[bytes, int], RangeSet] = {}
@@ -148,6 +150,11 @@ class Inbox:
         for subscription in self.subscriptions.values():
             link.send(subscription.wanted)
         self._wake()
+
+    def move(self, link: Link) -> None:
+        """A session beside the present one is up: the keeper moves its lanes there, one by one."""
+        self._older = self._link
+        self.attach(link)
 
     def add(self, subscription: Subscription) -> None:
         """From now on, and on every later session."""
@@ -170,16 +177,20 @@ class Inbox:
             subscription.fail(Refused(0, answer.error or "", " ".join(subscription.wanted.filters)))
 
     def detach(self) -> None:
-        self._link = None
+        self._link = self._older = None
 
-    def on_record(self, event: RecordReceived) -> None:
-        """A record came. It is answered when the application has taken it."""
+    def on_record(self, event: RecordReceived, link: Link | None = None) -> None:
+        """A record came, on the present session unless another is named.
+
+        It is answered when the application has taken it.
+        """
         if self._once and not self.subscriptions:
             return  # closed: what is not answered comes again to the next reader of that name
         self.stats.records += 1
-        assert self._link is not None
+        link = link or self._link
+        assert link is not None
         head = event.head
-        delivery = Delivery(head, event.record, self._link, event.place, self)
+        delivery = Delivery(head, event.record, link, event.place, self)
         if head.kind == VOID:
             self.stats.voids += 1
             self.take(delivery)
@@ -223,7 +234,7 @@ class Inbox:
         if self._once:
             self._open.pop((head.source, head.lane, head.number), None)
         link = delivery.link
-        if link is not self._link:
+        if link is not self._link and link is not self._older:
             return  # its session is over; if the keeper does not know, it will send the record again
         link.settle(head.lane, delivery.place, custody=True)
         self._unflushed += head.size
@@ -240,6 +251,8 @@ class Inbox:
         if self._unflushed and self._link is not None:
             self._unflushed = 0
             self._flushed_at = now
+            if self._older is not None:
+                self._older.flush()
             self._link.flush()
             self._wake()
 

@@ -36,7 +36,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.core.session stp.core.verbs",
     "stp.core.endpoint",
     # -- stp: messages, sans-IO too
-    "stp.topics stp.sources",
+    "stp.topics stp.sources stp.fields",
     "stp.batch stp.control",
     "stp.records",
     "stp.lanes stp.link_events",
@@ -45,8 +45,8 @@ FLOORS: Final[tuple[str, ...]] = (
     # -- stp: what touches the machine, and the front doors
     "stp.carriers.udp stp.carriers.tls stp.identity stp.pinned",
     "stp.enrol stp.outbox stp.connection",
-    "stp.publisher stp.subscriber",
-    "stp.reader stp.requests",
+    "stp.dialler stp.publisher stp.subscriber",
+    "stp.reader stp.requests stp.statistics",
     "stp.client",
     "stp.cli",
     # -- stpd: what is said of the daemon, and what it is told
@@ -95,7 +95,7 @@ FLOORS: Final[tuple[str, ...]] = (
 FRONT_DOORS: Final = {"stp": "stp.client"}
 """A package's `__init__` may import what it offers: it stands just above that module."""
 
-PURE: Final = ("stp.core.", "stp.topics", "stp.batch", "stp.records", "stp.control", "stp.link")
+PURE: Final = ("stp.core.", "stp.topics", "stp.batch", "stp.records", "stp.control", "stp.fields", "stp.link")
 IMPURE: Final = frozenset(
     {"trio", "socket", "time", "random", "logging", "sqlite3", "threading", "asyncio", "select"}
 )

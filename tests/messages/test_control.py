@@ -28,8 +28,10 @@ from stp.control import (
     Goaway,
     Hello,
     Introduce,
+    Moved,
     Receipt,
     Refused,
+    Revoked,
     Status,
     Subscribe,
     Subscribed,
@@ -58,7 +60,19 @@ def receipt(lane: int, bounds: list[int]) -> Receipt:
 
 controls: st.SearchStrategy[Control] = st.one_of(
     st.builds(
-        Hello, text, text, ids, u64, ids, text, text, texts, u64, u64, st.none() | st.lists(rules, max_size=2)
+        Hello,
+        text,
+        text,
+        ids,
+        u64,
+        ids,
+        text,
+        text,
+        texts,
+        u64,
+        u64,
+        st.none() | st.lists(rules, max_size=2),
+        st.just(b"") | ids,
     ),
     st.builds(receipt, lanes, st.lists(u64, min_size=1, max_size=12, unique=True)),
     st.builds(Refused, lanes, u64, st.integers(0, 0xFFFF), u32, text),
@@ -78,6 +92,8 @@ controls: st.SearchStrategy[Control] = st.one_of(
     st.builds(Status, st.dictionaries(text, st.none() | u64 | text | st.lists(text, max_size=2), max_size=3)),
     st.builds(Goaway, text, u64),
     st.builds(Introduce, st.dictionaries(ids, text, max_size=3)),
+    st.builds(Moved),
+    st.builds(Revoked, st.dictionaries(st.integers(0, 2**160 - 1), u64, max_size=3)),
 )
 
 
@@ -92,7 +108,7 @@ def test_round_trip_in_pieces(sent: list[Control], step: int) -> None:
     assert cutter.incomplete == 0
 
 
-@given(st.integers(0, 12), st.binary(max_size=80) | st.text(max_size=40).map(str.encode))
+@given(st.integers(0, 14), st.binary(max_size=80) | st.text(max_size=40).map(str.encode))
 @quick
 def test_any_body_decodes_or_is_a_protocol_error(kind: int, body: bytes) -> None:
     """(1)"""
@@ -100,7 +116,7 @@ def test_any_body_decodes_or_is_a_protocol_error(kind: int, body: bytes) -> None
         decoded = decode_control(kind, body)
     except ProtocolError:
         return
-    assert (decoded is None) == (not 1 <= kind <= 10)
+    assert (decoded is None) == (not 1 <= kind <= 12)
 
 
 json_values = st.recursive(

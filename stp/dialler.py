@@ -1,0 +1,100 @@
+"""Makes the connections of one process, and hands them the identity as its files have it now (protocol §9)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from typing import Final
+
+import trio
+
+from stp.connection import REHANDSHAKE, Connection, Owner
+from stp.control import Hello
+from stp.core.errors import StpError
+from stp.core.path import KEEPALIVE
+from stp.identity import Address, ContextCache, Identity, TimeFloor
+
+log: Final = logging.getLogger("stp.client")
+
+SOFTWARE_VERSION: Final = "0.1.0"
+"""What HELLO says of this library."""
+
+
+class Dialler:
+    """Makes the connections of one process: one identity, one target, a hello each."""
+
+    def __init__(
+        self,
+        target: Address,
+        identity: Identity,
+        network_key: bytes | None,
+        *,
+        kind: str,
+        run: int,
+        rehandshake: float = REHANDSHAKE,
+    ) -> None:
+        """`network_key`: instead of those of the identity; None: those, as they are at each dial."""
+        self.target = target
+        self.identity = identity
+        self.run = run
+        self._network_keys = identity.network_keys if network_key is None else (network_key,)
+        self._own_key = network_key is not None
+        self._kind = kind
+        self._rehandshake = rehandshake
+        self._nonce = os.urandom(16)
+        self._contexts = ContextCache(identity, TimeFloor())
+        self._stamp = _stamp(identity.files)
+
+    def connection(
+        self,
+        source: bytes,
+        owner: Owner,
+        *,
+        keepalive: float = KEEPALIVE,
+    ) -> Connection:
+        """A connection that introduces itself with this source (16 bytes). `run` it to dial.
+
+        `keepalive`: seconds of silence after which it asks whether the keeper lives.
+        """
+        identity = self.identity
+        software = f"stp/{SOFTWARE_VERSION}"
+        hello = Hello(identity.domain, identity.node, source, self.run, self._nonce, self._kind, software)
+        return Connection(
+            self.target,
+            identity,
+            self._contexts,
+            hello,
+            owner,
+            network_keys=lambda: self._network_keys,
+            prepare=self._take_renewed,
+            keepalive=keepalive,
+            rehandshake=self._rehandshake,
+        )
+
+    async def _take_renewed(self) -> None:
+        """Before each dial: take the identity from its files again, if they have changed."""
+        stamp = _stamp(self.identity.files)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            found = await trio.to_thread.run_sync(Identity.load, self.identity.files)
+        except StpError as error:
+            log.warning("the renewed identity cannot be used: %s", error)
+            return
+        if (found.domain, found.node) != (self.identity.domain, self.identity.node):
+            log.warning("the identity's files now name %s/%s; restart to use it", found.domain, found.node)
+            return
+        self._contexts.replace(found)
+        if not self._own_key:
+            self._network_keys = found.network_keys
+
+
+def _stamp(files: tuple[str, ...]) -> tuple[int, ...]:
+    """Changes when a file does; nothing of a file that is not there."""
+    found = []
+    for file in files:
+        with contextlib.suppress(OSError):
+            found.append(os.stat(file).st_mtime_ns)
+    return tuple(found)
