@@ -31,7 +31,7 @@ else:
     from compression import zstd
 
 MAX_MESSAGE: Final = 1_048_576
-"""Bytes of payload in one message."""
+"""Bytes of payload in one message (R-10-9)."""
 MAX_BATCH: Final = 1_113_088
 """Bytes of a batch, its size field included."""
 MAX_OPENED: Final = 4_194_304
@@ -47,7 +47,7 @@ TIMES: Final = 0x02
 PROPERTIES: Final = 0x04
 TOMBSTONES: Final = 0x08
 EXCERPT: Final = 0x10
-_RESERVED: Final = 0xE0
+_RESERVED: Final = 0xE0  # R-10-10
 
 _HEAD: Final = Struct("!IBBHQI16sQQH")
 HEAD_SIZE: Final = _HEAD.size
@@ -58,7 +58,7 @@ _DECOMPRESSION: Final[dict[int, int]] = {zstd.DecompressionParameter.window_log_
 
 
 def node_id(domain: str, node: str) -> bytes:
-    """The 16 bytes that name a node on the wire. UsageError if a name does not fit u16 or is not UTF-8."""
+    """The 16 bytes that name a node on the wire. UsageError if a name does not fit u16 or is not UTF-8 (R-10-13)."""
     try:
         names = domain.encode(), node.encode()
         text = b"".join(len(name).to_bytes(2, "big") + name for name in names)
@@ -127,7 +127,7 @@ class Properties:
 
     @classmethod
     def decode(cls, data: bytes) -> Properties:
-        """Raises CorruptError: cut, out of order, doubled, of a wrong size, or no UTF-8."""
+        """Raises CorruptError: cut, out of order, doubled, of a wrong size, or no UTF-8 (R-10-12)."""
         found = cls()
         last = pos = 0
         while pos < len(data):
@@ -316,6 +316,7 @@ def _encode_topics(topics: Sequence[str]) -> tuple[bytes, bytes, bytes]:
 
 
 def _encode_times(times: Sequence[int], time_ms: int, count: int) -> bytes:
+    """R-10-6."""
     if len(times) != count or times[0] != time_ms:
         raise UsageError("times: one per message, and the first one's is time_ms")
     return Struct(f"!{count}I").pack(*[max(0, time - time_ms) for time in times])
@@ -376,7 +377,7 @@ def read_batch_head(data: bytes, offset: int = 0) -> BatchHead:
 
 
 def check_batch(data: bytes) -> None:
-    """Raise CorruptError unless `data` is one batch as long as it says, with a good CRC."""
+    """Raise CorruptError unless `data` is one batch as long as it says, with a good CRC (R-10-7)."""
     if len(data) < HEAD_SIZE + CRC_SIZE or int.from_bytes(data[:4], "big") != len(data) - 4:
         raise CorruptError(f"{len(data)} bytes are not one batch")
     if crc32(memoryview(data)[4:-4]) != int.from_bytes(data[-4:], "big"):
@@ -470,7 +471,7 @@ def _split(data: bytes, head: BatchHead) -> _Parts:
 
 
 def _decompress(packed: bytes, size: int) -> bytes:
-    """The content of one zstd frame, exactly `size` bytes; never makes more than one byte above."""
+    """The content of one zstd frame, exactly `size` bytes; never makes more than one byte above (R-10-8)."""
     frame = zstd.ZstdDecompressor(options=_DECOMPRESSION)
     try:
         payloads = frame.decompress(packed, max_length=size + 1)
@@ -519,7 +520,7 @@ def _open_properties(blob: bytes) -> Properties | None:
 
 
 def excerpt(data: bytes, indices: Sequence[int]) -> bytes:
-    """A batch with only the messages at `indices` (places in `data`, ascending), and a CRC of its own.
+    """A batch with only the messages at `indices` (places in `data`, ascending), and a CRC of its own (R-10-11).
 
     Not compressed, but where it would then exceed MAX_BATCH. Raises CorruptError for a bad batch, UsageError
     for bad indices or an excerpt that does not fit.

@@ -67,7 +67,7 @@ class ClassRule:
 
 @define
 class Hello:
-    """The first record of either side."""
+    """The first record of either side (R-10-34)."""
 
     domain: str
     node: str
@@ -491,7 +491,7 @@ _DECODERS: Final[dict[int, Callable[[bytes], Control]]] = {
 
 
 class ControlCutter:
-    """Cuts stream 0 into control records. Useless once it has raised."""
+    """Cuts stream 0 into control records. Useless once it has raised (R-10-32)."""
 
     __slots__ = ("_buffer",)
 

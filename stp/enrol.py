@@ -221,7 +221,7 @@ def refused(answer: dict[str, Any]) -> EnrolError:
 
 
 def join(token: str, host: str, name: str, key: ec.EllipticCurvePrivateKey, *, kind: str = "device") -> Grant:
-    """Ask `host[:port]` for a certificate under `name`. Blocking. Raises EnrolError.
+    """Ask `host[:port]` for a certificate under `name`. Blocking. Raises EnrolError (R-11-6).
 
     `kind` "gateway": the certificate must do for a node that others dial; a token of another role is refused.
     """

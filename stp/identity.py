@@ -415,7 +415,7 @@ def kernel_synchronised() -> bool:
 
 
 def cpu_has_aes() -> bool:
-    """Whether the CPU has AES instructions; True where the kernel does not say.
+    """Whether the CPU has AES instructions; True where the kernel does not say (R-3-4).
 
     ARM is asked by the auxiliary vector, for units with ProcSubset=pid see no /proc/cpuinfo; without it, x86 has
     them.
@@ -435,7 +435,7 @@ def cpu_has_aes() -> bool:
 
 
 def verification_time(*, clock: float, floor: float, synchronised: bool, not_after: float) -> datetime:
-    """The time certificates are judged by (protocol §4); (2), (3). All in Unix seconds."""
+    """The time certificates are judged by (protocol §4); (2), (3). All in Unix seconds (R-4-10)."""
     latest = not_after - 1.0
     now = max(clock, min(floor, latest))
     if not synchronised:
@@ -444,7 +444,10 @@ def verification_time(*, clock: float, floor: float, synchronised: bool, not_aft
 
 
 class TimeFloor:
-    """The latest time known to have passed: the package's build, or a hub's time heard and kept in a file."""
+    """The latest time known to have passed: the package's build, or a hub's time heard and kept in a file.
+
+    R-4-10.
+    """
 
     def __init__(self, path: str | Path | None = None, *, build_time: float = BUILD_TIME) -> None:
         self._path = Path(path) if path is not None else None

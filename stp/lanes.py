@@ -56,7 +56,7 @@ class Unsettled:
 
 @define
 class Incoming:
-    """A lane the peer sends on."""
+    """A lane the peer sends on (R-7-3)."""
 
     lane: int
     stream: int
@@ -101,7 +101,7 @@ class Incoming:
         return place
 
     def receipt(self) -> Receipt | None:
-        """The RECEIPT to send, or None when nothing changed since the last."""
+        """The RECEIPT to send, or None when nothing changed since the last (R-10-35)."""
         custody = all_below(self.custody)
         beyond = self.custody.pairs()[1 if custody else 0 :][:MAX_RANGES]
         receipt = Receipt(self.lane, all_below(self.kept), custody, beyond)
@@ -130,7 +130,7 @@ class Refusal:
 
 
 class Refusals:
-    """Rule (3), for all sources of a session."""
+    """Rule (3), for all sources of a session (R-10-38)."""
 
     __slots__ = ("_by_source",)
 

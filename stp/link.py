@@ -82,10 +82,10 @@ __all__ = [
 ]
 
 LANE_WEIGHTS: Final = {1: 64, 2: 32, 3: 16, 4: 4}
-"""Shares of the link when several lanes have something to send."""
+"""Shares of the link when several lanes have something to send (R-10-3)."""
 
 RECORD_TIMEOUT: Final = 30.0
-"""Seconds a record may take from its first byte to its last while credit is there (protocol §7)."""
+"""Seconds a record may take from its first byte to its last while credit is there (protocol §7, R-7-4)."""
 INTRODUCE_TIMEOUT: Final = 3.0
 """Seconds a record of an unknown source waits for INTRODUCE (protocol §10)."""
 HELLO_TIMEOUT: Final = 30.0
@@ -392,6 +392,7 @@ class Link:
                 self._on_control(record, now, out)
 
     def _on_hello(self, hello: control.Hello, out: list[LinkEvent]) -> None:
+        """R-10-28."""
         certificate = self.session.peer
         if certificate is None or (hello.domain, hello.node) != (certificate.domain, certificate.node):
             reason = f"HELLO names {hello.domain}/{hello.node}, the certificate does not"
@@ -402,6 +403,7 @@ class Link:
             out.append(SourceIntroduced(hello.store, hello.node))
 
     def _on_control(self, record: control.Control, now: float, out: list[LinkEvent]) -> None:
+        """R-10-33."""
         match record:
             case control.Receipt():
                 self._on_receipt(record, out)

@@ -173,7 +173,7 @@ class Outbox:
     # -- the owner's verbs
 
     def add(self, batch: bytes, messages: int, topic: str, claims: list[Claim], group: Group) -> None:
-        """Number a batch and queue it. `pump` sends it. The claims' tickets count it already."""
+        """Number a batch and queue it. `pump` sends it. The claims' tickets count it already (R-10-17)."""
         record = encode_record(self.lane, self.source, self._next, [batch])
         flight = Flight(self._next, record, messages, topic, claims, group)
         group.in_flight += 1
@@ -261,7 +261,7 @@ class Outbox:
     # -- answers
 
     def on_receipt(self, kept: int, custody: int, ranges: list[tuple[int, int]]) -> None:
-        """Promise (4). Places that were refused are not here any longer when their receipt comes."""
+        """Promise (4). Places that were refused are not here any longer when their receipt comes (R-10-37)."""
         sent, awaiting = self._sent, self._awaiting
         while sent and sent[0].place < kept:
             flight = sent.popleft()

@@ -162,7 +162,7 @@ class Publisher:
     # -- messages in -------------------------------------------------------------------------------------
 
     def lane_of(self, topic: str) -> int:
-        """The lane that this topic's class travels on."""
+        """The lane that this topic's class travels on (R-10-2)."""
         return self._class_of(topic).lane
 
     def room(self, lane: int, size: int) -> bool:

@@ -206,6 +206,7 @@ class Receiver:
         reason: str,
         out: list[LinkEvent],
     ) -> None:
+        """R-10-23."""
         place = incoming.refused_unseen(len(record))
         self._stats.rejected += 1
         self._send_refused(Refused(incoming.lane, place, int(code), 0, reason[:MAX_REJECT_REASON]))

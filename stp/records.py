@@ -25,7 +25,7 @@ from stp.core.errors import CorruptError, LimitError, UsageError
 from stp.topics import MAX_TOPIC, shared
 
 MAX_RECORD: Final = 1_114_112
-"""Bytes of a record, its size field included, its trailer not."""
+"""Bytes of a record, its size field included, its trailer not (R-10-9)."""
 MAX_HOPS: Final = 8
 MAX_TRAILER: Final = 16 * MAX_HOPS + 5
 MAX_BATCHES: Final = 65_535
@@ -90,7 +90,7 @@ class RefusedCode(IntEnum):
 
 FINAL_CODES: Final = frozenset(
     (RefusedCode.DENIED, RefusedCode.CORRUPT, RefusedCode.TOO_LARGE, RefusedCode.LOOP)
-)
+)  # R-10-39
 
 
 @define
@@ -122,7 +122,7 @@ class RecordHead:
 
 
 def read_record(data: bytes) -> RecordHead:
-    """The head of the one record that `data` is: shape and record CRC checked, batch CRCs not.
+    """The head of the one record that `data` is: shape and record CRC checked, batch CRCs not (R-10-14).
 
     Raises CorruptError. Costs the CRC and one short step per batch.
     """
@@ -255,7 +255,7 @@ def encode_record(
     hops: Sequence[bytes] = (),
     age_ds: int = 0,
 ) -> bytes:
-    """A data or part record of whole batches. UsageError where it does not fit."""
+    """A data or part record of whole batches. UsageError where it does not fit (R-10-15)."""
     if not 0 < len(batches) <= MAX_BATCHES:
         raise UsageError(f"a record of {len(batches)} batches")
     prefixes = [_prefix_of(batch) for batch in batches]
@@ -349,7 +349,7 @@ def regroup(lane: int, source: bytes, number: int, records: Sequence[bytes]) -> 
 
 
 def forward(record: bytes, head: RecordHead, node_id: bytes, dwell_ds: int) -> bytes:
-    """The record as this keeper sends it on: its id and its dwell (tenths of a second) added, one copy.
+    """The record as this keeper sends it on: its id and its dwell (tenths of a second) added, one copy (R-10-16).
 
     UsageError if the record has 8 hops or was here before: refuse such a record as LOOP (`loops`).
     """
@@ -366,7 +366,7 @@ def loops(head: RecordHead, node_id: bytes) -> bool:
 
 
 def part_of(record: bytes, head: RecordHead, keep: Sequence[int]) -> bytes:
-    """The record with only the batches at the places `keep`: same source, number, hops and age."""
+    """The record with only the batches at the places `keep`: same source, number, hops and age (R-10-15)."""
     batches = batches_of(record, head)
     try:
         kept = [batches[n] for n in keep]

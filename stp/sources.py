@@ -48,7 +48,7 @@ class Sources:
         return False
 
     def may_send(self, source: bytes) -> bool | None:
-        """None: nobody has said whose it is. LimitError for too many."""
+        """None: nobody has said whose it is. LimitError for too many (R-10-27)."""
         if source in self.allowed:
             return True
         if source in self._foreign:

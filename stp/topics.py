@@ -70,7 +70,7 @@ def check_filter(filter: str) -> None:
 
 
 def matches(filter: str, topic: str) -> bool:
-    """Does a good filter let a good topic through? For one of each; `FilterSet` is faster for many."""
+    """Does a good filter let a good topic through? For one of each; `FilterSet` is faster for many (R-10-1)."""
     wanted = filter.split("/")
     levels = topic.split("/")
     if topic[:1] == "$" and wanted[0] in ("+", "#"):
@@ -180,7 +180,7 @@ def shared(low: AnyStr, high: AnyStr, slash: AnyStr) -> AnyStr:
 
 
 def common_prefix(topics: Sequence[str] | Iterable[str]) -> str:
-    """The topic if all are equal, else what they share up to and with the last '/' (protocol §10)."""
+    """The topic if all are equal, else what they share up to and with the last '/' (protocol §10, R-10-5)."""
     topics = topics if isinstance(topics, Sequence) else list(topics)
     if not topics:
         return ""

@@ -74,7 +74,10 @@ class Grant:
     _memo: dict[str, Decision] = field(factory=dict)
 
     def refusal_to_publish(self, record: bytes, head: RecordHead) -> str | None:
-        """None when the whole record may pass, else the reason, naming the rules asked. A void carries nothing."""
+        """None when the whole record may pass, else the reason, naming the rules asked. A void carries nothing.
+
+        R-10-31.
+        """
         if head.kind == VOID:
             return None
         decision = self._decide(head.prefix)
@@ -125,7 +128,7 @@ class Grant:
 
 
 class Access:
-    """The rules of this node. Reloading makes a new one; sessions ask again, so a change holds at once."""
+    """The rules of this node. Reloading makes a new one; sessions ask again, so a change holds at once (R-4-9)."""
 
     def __init__(
         self,

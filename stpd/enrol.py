@@ -72,7 +72,7 @@ class DoorStatistics:
 
 
 class Tries:
-    """Token buckets by address; (3), (4). Not for threads."""
+    """Token buckets by address; (3), (4). Not for threads (R-11-8)."""
 
     def __init__(self, limit: int = MAX_ADDRESSES) -> None:
         self._limit = limit

@@ -289,7 +289,7 @@ class Feed:
     def _select(
         self, lane: int, record: bytes, head: RecordHead, item: Stored
     ) -> tuple[list[int] | range | None, int]:
-        """Indices of the batches to send (None: nothing is), and how many messages were too old."""
+        """Indices of the batches to send (None: nothing is), and how many messages were too old (R-10-29)."""
         filters, decision = self.filters, Decision.ALL
         if filters is not None:
             decision = self._decide(head.prefix)
@@ -322,7 +322,7 @@ class Feed:
         return decision is Decision.ALL
 
     def _batch_wanted(self, batch: bytes, prefix: str) -> bool:
-        """Does any topic in the batch pass the filter? Opened only where the prefix does not decide."""
+        """Does any topic in the batch pass the filter? Opened only where the prefix does not decide (R-10-30)."""
         assert self.filters is not None
         decision = self._decide(prefix)
         if decision is not Decision.OPEN:
@@ -404,7 +404,7 @@ class Feed:
             self._advance(lane, done)
 
     def on_refused(self, lane: int, place: int, code: int, retry_after: float, reason: str) -> None:
-        """The peer refused *place*: go back to it (promise 2). *retry_after* in seconds.
+        """The peer refused *place*: go back to it (promise 2). *retry_after* in seconds (R-10-39).
 
         Places after it are forgotten: their records go out again and a receipt for the old places means nothing.
         """

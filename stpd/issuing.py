@@ -124,7 +124,7 @@ class Issuer:
     _lock: threading.Lock = field(factory=threading.Lock, repr=False)
 
     def answer(self, path: str, body: bytes, *, host: str, address: str) -> Answer:
-        """The answer to POST `path`. `host` is what the joiner dialled, `address` whence it comes."""
+        """The answer to POST `path`. `host` is what the joiner dialled, `address` whence it comes (R-11-6)."""
         fields: dict[str, str] = {}
         try:
             fields = self._fields(path, body)

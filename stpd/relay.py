@@ -319,7 +319,7 @@ class Relay:
         return deque(sorted(by_link.values(), key=lambda one: one.pos))
 
     def on_custody(self, lane: int, pos: int) -> None:
-        """The custody route has everything up to *pos* of *lane*: whoever waited is told (2)."""
+        """The custody route has everything up to *pos* of *lane*: whoever waited is told (2, R-10-36)."""
         waiters = self._waiters[lane]
         while waiters and waiters[0].pos <= pos:
             one = waiters.popleft()

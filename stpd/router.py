@@ -68,7 +68,7 @@ class Classes:
         self._memo: dict[tuple[int, str], MessageClass] = {}
 
     def of(self, lane: int, prefix: str) -> MessageClass:
-        """The class of a record on *lane* with this common *prefix*. Never opens a batch; memoised.
+        """The class of a record on *lane* with this common *prefix*. Never opens a batch; memoised (R-10-2).
 
         A class is met where all topics under the prefix match it; where none is met whole, the first durable one
         that may match is taken, and where none may, the lane's own. A memory class needs the whole prefix: what

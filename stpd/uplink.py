@@ -31,7 +31,7 @@ from stpd.store.base import Hop, Store
 log = structlog.get_logger("stpd.uplink")
 
 HOP: Final = "uplink"
-"""The custody route's name in the store."""
+"""The custody route's name in the store (R-10-41)."""
 
 RETRY_FIRST: Final = 0.1
 RETRY_MAX: Final = 5.0

@@ -47,7 +47,7 @@ class AckTracker:
         self._largest_at = 0.0
 
     def fresh(self, pn: int) -> bool:
-        """Whether this number has not been seen and lies in the window (1)."""
+        """Whether this number has not been seen and lies in the window (1, R-2-5)."""
         below = self.next - 1 - pn
         return below < 0 or (below < PN_WINDOW and not self._seen >> below & 1)
 
@@ -81,7 +81,7 @@ class AckTracker:
             self.deadline = now + MAX_ACK_DELAY
 
     def due(self, now: float) -> bool:
-        """Whether an ACK must leave now, if need be alone (2)."""
+        """Whether an ACK must leave now, if need be alone (2, R-6-4)."""
         if not self.owing:
             return False
         return self._urgent or self.owing >= ACK_EVERY or (self.deadline or 0.0) <= now

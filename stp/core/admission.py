@@ -37,7 +37,7 @@ def address_key(addr: Any) -> bytes:
 
 
 class Admission:
-    """Token buckets by key, and the unfinished handshakes by key."""
+    """Token buckets by key, and the unfinished handshakes by key (R-4-25)."""
 
     __slots__ = ("_address_half_open", "_address_rate", "_buckets", "_half_open", "_total", "_total_rate")
 

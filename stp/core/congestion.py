@@ -100,7 +100,7 @@ class NewReno:
 
 
 class Pacer:
-    """Spreads a window over a round trip, in bursts (protocol §6)."""
+    """Spreads a window over a round trip, in bursts (protocol §6, R-6-3)."""
 
     __slots__ = ("next_at",)
 
@@ -122,6 +122,6 @@ def pacing_rate(cwnd: int, smoothed_rtt: float) -> float:
 
 
 def burst_packets(rate: float, cwnd: int, packet: int) -> int:
-    """Packets of one burst (protocol §6): two always may go, or the smallest window could not be used."""
+    """Packets of one burst (protocol §6): two always may go, or the smallest window could not be used (R-6-5)."""
     size = min(int(rate * BURST_TIME), cwnd // BURST_SHARE, MAX_BURST_BYTES)
     return min(max(size // packet, MIN_BURST_PACKETS), MAX_BURST_PACKETS)

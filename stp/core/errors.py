@@ -67,7 +67,7 @@ class FrameEncodingError(ProtocolError):
 
 
 class FlowError(ProtocolError):
-    """More bytes than the credit allows (protocol §7)."""
+    """More bytes than the credit allows (protocol §7, R-7-5)."""
 
     code = ErrorCode.FLOW
 
@@ -79,7 +79,7 @@ class LimitError(ProtocolError):
 
 
 class PacketError(StpError):
-    """A packet that is short, foreign or does not open: dropped without answer, log line or state."""
+    """A packet that is short, foreign or does not open: dropped without answer, log line or state (R-2-7)."""
 
 
 class HandshakeRefused(StpError):  # noqa: N818 - it is the answer of a side, not a fault

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Final
 
 CONTROL_WINDOW: Final = 64 * 1024
-"""Bytes of stream 0, outside session credit."""
+"""Bytes of stream 0, outside session credit (R-7-2)."""
 STREAM_WINDOW: Final = 512 * 1024
-"""Bytes a fresh stream may hold, stream 0 apart."""
+"""Bytes a fresh stream may hold, stream 0 apart (R-7-7)."""
 SESSION_WINDOW: Final = 2 * 1024 * 1024
 """Bytes all fresh streams of a session may hold together, stream 0 apart."""
 MAX_WINDOW: Final = 6 * 1024 * 1024
@@ -40,7 +40,7 @@ class WindowBudget:
 
 
 class ReceiveCredit:
-    """What we let the peer send on one stream, or on all of a session."""
+    """What we let the peer send on one stream, or on all of a session (R-7-1)."""
 
     __slots__ = ("_epoch_at", "_epoch_taken", "grown", "limit", "taken", "window")
 

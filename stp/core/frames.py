@@ -317,7 +317,7 @@ def encode_ack(delay_us: int, ranges: Sequence[tuple[int, int]]) -> bytes:
 
 
 def parse_ack(data: bytes, pos: int = 0) -> tuple[int, list[tuple[int, int]], int]:
-    """Reads the ACK whose type byte is at `pos`: (delay_us, ranges, end). Raises FrameEncodingError.
+    """Reads the ACK whose type byte is at `pos`: (delay_us, ranges, end). Raises FrameEncodingError (R-5-1).
 
     Ranges are half-open, the highest first, as in the frame.
     """
@@ -428,7 +428,7 @@ def decode_one(data: bytes, pos: int = 0) -> tuple[Frame, int]:
 
 
 def decode(data: bytes) -> list[Frame]:
-    """All frames of a packet; PADDING ends it. Raises FrameEncodingError, also for an empty packet."""
+    """All frames of a packet; PADDING ends it. Raises FrameEncodingError, also for an empty packet (R-5-2)."""
     frame, pos = decode_one(data)
     found = [frame]
     while pos < len(data):

@@ -27,7 +27,7 @@ from stp.core.packet import VERSION
 from stp.core.params import MAX_HELLO, TransportHello
 
 MAX_HANDSHAKE: Final = 16 * 1024
-"""Bytes of one side's handshake stream, hello included."""
+"""Bytes of one side's handshake stream, hello included (R-4-1)."""
 MAX_CHAIN_DEPTH: Final = 10
 """Certificates between a leaf and its anchor."""
 
@@ -106,7 +106,7 @@ def fully_parsed(certificate: x509.Certificate) -> x509.Certificate:
 
 
 def identity_of(leaf_der: bytes) -> tuple[str, str]:
-    """(domain, node) from the URI SAN `stp://<domain>/<node>`. HandshakeRefused unless there is just one."""
+    """(domain, node) from the URI SAN `stp://<domain>/<node>`. HandshakeRefused unless there is just one (R-4-7)."""
     try:
         leaf = fully_parsed(x509.load_der_x509_certificate(leaf_der))
     except UNREADABLE:
@@ -129,7 +129,7 @@ def _identity(leaf: x509.Certificate) -> tuple[str, str]:
 
 
 def make_context(settings: TlsSettings, server: bool) -> SSL.Context:
-    """A context by the rules of protocol §4.
+    """A context by the rules of protocol §4 (R-4-11, R-4-12).
 
     Raises HandshakeRefused with a reason for people if the credentials cannot be used.
     """
@@ -311,7 +311,7 @@ class Handshake:
         raise ProtocolError("application data inside the handshake")
 
     def _finish(self, judge: Judge) -> None:
-        """TLS is content; we judge and derive (protocol §3, §4)."""
+        """TLS is content; we judge and derive (protocol §3, §4, R-4-5)."""
         leaf = self._tls.get_peer_certificate(as_cryptography=True)
         if leaf is None:
             raise HandshakeRefused("peer shows no certificate")

@@ -53,8 +53,8 @@ MIN_PTO: Final = 0.1
 MAX_PTO: Final = 1.0
 """Seconds, or 2 RTT if longer."""
 HANDSHAKE_DEADLINE: Final = 10.0
-"""Seconds, or 6 RTT if longer."""
-AMPLIFICATION: Final = 3
+"""Seconds, or 6 RTT if longer (R-4-18)."""
+AMPLIFICATION: Final = 3  # R-4-20
 MAX_CLOSE_REASON: Final = 64
 """Bytes of the reason in an INIT CLOSE."""
 LINGER_PTOS: Final = 3
@@ -81,7 +81,7 @@ class FirstInit:
 
 
 def open_first(first: InitPacket, network_keys: tuple[bytes, ...]) -> FirstInit:
-    """The keys that open the INIT of a stranger; () stands for no network key. Raises PacketError."""
+    """The keys that open the INIT of a stranger; () stands for no network key. Raises PacketError (R-3-6)."""
     for network_key in network_keys or (b"",):
         keys = initial_keys(first.dcid, network_key)
         try:
@@ -168,7 +168,7 @@ class InitHandshake:
 
     @property
     def pto(self) -> float:
-        """Seconds until the next probe, backed off (protocol §4)."""
+        """Seconds until the next probe, backed off (protocol §4, R-4-18)."""
         rtt = self.rtt
         base = INITIAL_PTO if rtt is None else max(2 * rtt, MIN_PTO)
         return float(min(base * 2.0**self._pto_count, max(MAX_PTO, 2 * (rtt or 0.0))))
@@ -176,7 +176,7 @@ class InitHandshake:
     # -- input
 
     def receive_init(self, received: InitPacket, now: float) -> None:
-        """An INIT datagram, whole. Raises PacketError if it is none of ours; nothing has changed then."""
+        """An INIT datagram, whole. Raises PacketError if it is none of ours; nothing has changed then (R-3-2)."""
         if self.state is HandshakeState.OVER:
             raise PacketError("handshake is over")
         self._check_cids(received)
@@ -281,7 +281,7 @@ class InitHandshake:
         return None
 
     def _read_frames(self, plaintext: bytes, known: bool, now: float) -> tuple[bool, bool]:
-        """(ACK-eliciting, brought something new)."""
+        """(ACK-eliciting, brought something new); R-4-14."""
         eliciting = fresh = False
         for frame in frames.decode(plaintext):
             match frame:
@@ -339,7 +339,7 @@ class InitHandshake:
                 self._outgoing.on_lost(sent.start, sent.stop)
 
     def _on_close(self, frame: frames.Close, now: float) -> None:
-        """Anyone with the network key could have written it: believed after 3 PTO of nothing better (5)."""
+        """Anyone with the network key could have written it: believed after 3 PTO of nothing better (5, R-4-17)."""
         if self._hint is None:
             self._hint = frame
             self._over_at = now + LINGER_PTOS * self.pto
@@ -354,6 +354,7 @@ class InitHandshake:
         self._over_at = now + LINGER_PTOS * self.pto
 
     def _answer_again(self, now: float) -> None:
+        """R-4-19."""
         if now - self._provoked_at < self.pto / 2:
             return
         self._provoked_at = now
@@ -463,7 +464,7 @@ class ClientHandshake(InitHandshake):
         self._outgoing.write(self._tls.hello_block() + self._client_hello)
 
     def receive_retry(self, retry: RetryPacket, now: float) -> None:
-        """The first Retry that verifies wins. Raises PacketError for any other."""
+        """The first Retry that verifies wins. Raises PacketError for any other (R-4-16)."""
         if self._adopted or self._retry_scid or retry.dcid != self.cid:
             raise PacketError("Retry out of place")
         if not packet.retry_is_genuine(retry, self._initial.retry_key, self.original_dcid):
@@ -492,11 +493,13 @@ class ClientHandshake(InitHandshake):
             raise PacketError("INIT for another handshake")
 
     def _adopt(self, received: InitPacket) -> None:
+        """R-4-15."""
         if not self._adopted:
             self._adopted = True
             self.peer_cid = received.scid
 
     def check_hello(self, hello: TransportHello) -> None:
+        """R-4-4."""
         if (hello.original_dcid, hello.cid, hello.retry_scid) != (
             self.original_dcid,
             self.peer_cid,
@@ -505,6 +508,7 @@ class ClientHandshake(InitHandshake):
             raise ProtocolError("the server's hello does not echo this handshake")
 
     def check_peer(self, peer: PeerIdentity) -> str | None:
+        """R-4-8."""
         domain, node = self._expected
         if peer.node != node or (domain is not None and peer.domain != domain):
             wanted = node if domain is None else f"{domain}/{node}"
@@ -513,7 +517,7 @@ class ClientHandshake(InitHandshake):
 
 
 class ServerHandshake(InitHandshake):
-    """The listening side, from the first INIT on that is worth state.
+    """The listening side, from the first INIT on that is worth state (R-4-23).
 
     With a Retry token: `cid` is the INIT's DCID, `original_dcid` the token's, `retried` and `validated` are
     True. With a NEW_TOKEN: `cid` is fresh, `original_dcid` the INIT's DCID, both are False, `token_node`
@@ -569,6 +573,7 @@ class ServerHandshake(InitHandshake):
             raise PacketError("INIT for another handshake")
 
     def check_hello(self, hello: TransportHello) -> None:
+        """R-4-4."""
         if (hello.original_dcid, hello.cid, hello.retry_scid) != (
             self._original_dcid,
             self.peer_cid,

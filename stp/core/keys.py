@@ -38,7 +38,7 @@ SUITES: Final[dict[str, int]] = {
     "TLS_AES_256_GCM_SHA384": 32,
     "TLS_CHACHA20_POLY1305_SHA256": 32,
 }
-"""TLS suite -> key length in bytes. Any other suite closes."""
+"""TLS suite -> key length in bytes. Any other suite closes (R-3-3)."""
 CHACHA: Final = "TLS_CHACHA20_POLY1305_SHA256"
 
 WARM: Final = 512
@@ -102,7 +102,7 @@ class Aead:
         return self.decrypt, self.iv_int
 
     def seal(self, pn: int, plaintext: bytes, aad: bytes) -> bytes:
-        """Ciphertext and tag."""
+        """Ciphertext and tag (R-2-2)."""
         return self.encrypt((self.iv_int ^ pn).to_bytes(12, "big"), plaintext, aad)
 
     def open(self, pn: int, sealed: bytes, aad: bytes) -> bytes:
@@ -126,7 +126,7 @@ class InitialKeys:
 
 
 def initial_keys(dcid: bytes, network_key: bytes = b"") -> InitialKeys:
-    """Keys from the DCID of a client's first INIT, or of its first INIT after a Retry."""
+    """Keys from the DCID of a client's first INIT, or of its first INIT after a Retry (R-3-1)."""
     initial = _extract(_extract(_SALT, network_key), packet.VERSION_BYTES + dcid)
     client, server = expand(initial, "client in", 32), expand(initial, "server in", 32)
     return InitialKeys(
@@ -137,7 +137,7 @@ def initial_keys(dcid: bytes, network_key: bytes = b"") -> InitialKeys:
 
 
 def context(hc: bytes, hs: bytes, server_der: bytes, client_der: bytes) -> bytes:
-    """What binds the exporter to both hellos (as sent) and both leaf certificates."""
+    """What binds the exporter to both hellos (as sent) and both leaf certificates (R-3-5)."""
     return sha256(
         b"stp/1 context"
         + packet.VERSION_BYTES
@@ -151,7 +151,7 @@ def context(hc: bytes, hs: bytes, server_der: bytes, client_der: bytes) -> bytes
 
 
 def whitener(secret: bytes, cid: bytes) -> int:
-    """`w` of protocol §2. `secret` is x_0 of the packet's sender; w does not change with key updates."""
+    """`w` of protocol §2. `secret` is x_0 of the packet's sender; w does not change with key updates (R-2-3)."""
     return packet.whitener(expand(secret, "pn", 32), cid)
 
 
@@ -165,7 +165,7 @@ class DirectionKeys:
 
     @classmethod
     def derive(cls, secret: bytes, suite: str) -> DirectionKeys:
-        """Raises HandshakeRefused for a suite that STP does not use."""
+        """Raises HandshakeRefused for a suite that STP does not use (R-3-3)."""
         length = SUITES.get(suite)
         if length is None:
             raise HandshakeRefused(f"cipher suite {suite} is not one of STP's")

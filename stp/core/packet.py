@@ -36,8 +36,8 @@ DATA_OVERHEAD: Final = DATA_HEADER_LENGTH + TAG_LENGTH
 """Bytes around the frames of a DATA packet: 33."""
 
 INIT_DATAGRAM: Final = 1200
-"""Bytes: every client INIT is padded to it, shorter ones are dropped (protocol §4)."""
-MAX_TOKEN: Final = 256
+"""Bytes: every client INIT is padded to it, shorter ones are dropped (protocol §4, R-4-13)."""
+MAX_TOKEN: Final = 256  # R-4-14
 MIN_RESET: Final = 21
 MAX_PN: Final = (1 << 62) - 1
 PN_WINDOW: Final = 8192
@@ -89,7 +89,7 @@ def init_overhead(token: bytes) -> int:
 
 
 def parse_init(data: bytes) -> InitPacket:
-    """Raises PacketError for anything that is not an INIT of our version."""
+    """Raises PacketError for anything that is not an INIT of our version (R-2-1)."""
     if len(data) < _INIT_MIN or data[0] != INIT_BYTE:
         raise PacketError("not an INIT")
     _, version, dcid, scid, token_length = _INIT_FIXED.unpack_from(data)
@@ -109,7 +109,7 @@ def parse_init(data: bytes) -> InitPacket:
 
 
 def retry_tag(retry_key: bytes, original_dcid: bytes, body: bytes) -> bytes:
-    """Protocol §4: HMAC over the DCID that provoked the Retry and the packet before the tag."""
+    """Protocol §4: HMAC over the DCID that provoked the Retry and the packet before the tag (R-4-16)."""
     return hmac.digest(retry_key, original_dcid + body, "sha256")[:TAG_LENGTH]
 
 
@@ -141,7 +141,7 @@ def data_header(phase: int, cid: bytes, wire_pn: int) -> bytes:
 
 
 def parse_data_header(data: bytes) -> tuple[int, bytes, int]:
-    """(key phase, CID, wire_pn). Raises PacketError."""
+    """(key phase, CID, wire_pn). Raises PacketError (R-2-1)."""
     if len(data) < DATA_OVERHEAD + 1 or data[0] & FORM_MASK != SHORT_FORM:
         raise PacketError("not a DATA packet")
     first, cid, wire_pn = DATA_HEADER.unpack_from(data)
@@ -149,7 +149,7 @@ def parse_data_header(data: bytes) -> tuple[int, bytes, int]:
 
 
 def build_reset(token: bytes, provoked_by: int, random: bytes) -> bytes | None:
-    """A RESET (protocol §2): at least 21 bytes and shorter than the `provoked_by` bytes that drew it.
+    """A RESET (protocol §2): at least 21 bytes and shorter than the `provoked_by` bytes that drew it (R-2-9).
 
     `random` gives the bytes in front of the token, five at least; the datagram takes as many as fit.
     None: what provoked it is too short to be answered.
@@ -161,21 +161,21 @@ def build_reset(token: bytes, provoked_by: int, random: bytes) -> bytes | None:
 
 
 def reset_token(reset_key: bytes, cid: bytes) -> bytes:
-    """Protocol §8."""
+    """Protocol §8 (R-8-4)."""
     return hmac.digest(reset_key, cid, "sha256")[:TAG_LENGTH]
 
 
 def make_cid(cid_key: bytes, instance: int, random: bytes) -> bytes:
-    """A listener's CID (protocol §8): `random` is 4 bytes."""
+    """A listener's CID (protocol §8): `random` is 4 bytes (R-8-1)."""
     body = bytes((instance,)) + random
     return body + hmac.digest(cid_key, body, "sha256")[:3]
 
 
 def cid_is_ours(cid_key: bytes, instance: int, cid: bytes) -> bool:
-    """Whether this very instance issued it."""
+    """Whether this very instance issued it (R-8-3)."""
     return cid[0] == instance and hmac.compare_digest(hmac.digest(cid_key, cid[:5], "sha256")[:3], cid[5:])
 
 
 def whitener(pn_key: bytes, cid: bytes) -> int:
-    """`w` of protocol §2; `pn_key` = Expand(x_0, "pn", 32) of the sender."""
+    """`w` of protocol §2; `pn_key` = Expand(x_0, "pn", 32) of the sender (R-2-3)."""
     return int.from_bytes(hmac.digest(pn_key, cid, sha256)[:8], "big") & WHITEN_MASK

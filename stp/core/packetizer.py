@@ -119,6 +119,7 @@ class Sealer:
         self.first = self.next
 
     def _plan_skip(self) -> None:
+        """R-2-6."""
         draw = int.from_bytes(self._random(4), "big")
         self.skip_at = min(self.next + MIN_SKIP + draw % (MAX_SKIP - MIN_SKIP + 1), self._stop())
 
@@ -127,7 +128,7 @@ class Sealer:
         return min(self.first + self.limit, NUMBERS) - CLOSE_RESERVE
 
     def run(self) -> int:
-        """How many packets may be sealed in a row from `next` on, at least one; may leave a number out.
+        """How many packets may be sealed in a row from `next` on, at least one; may leave a number out (R-2-4).
 
         Raises ProtocolError (AEAD_LIMIT): the key, or the numbers, are used up but for CLOSE_RESERVE packets.
         """

@@ -14,7 +14,7 @@ from stp.core.packet import CID_LENGTH, VERSION
 from stp.core.wire import Reader
 
 MAX_HELLO: Final = 1024
-"""Bytes of a hello blob."""
+"""Bytes of a hello blob (R-4-1)."""
 MIN_MAX_DATAGRAM: Final = 1200
 """A peer that cannot take this much is no peer of ours (protocol §6)."""
 MAX_ACK_DELAY_LIMIT: Final = 1 << 14
@@ -25,7 +25,7 @@ _REQUIRED: Final = frozenset((_VERSIONS, _ORIGINAL_DCID, _CID, _RETRY_SCID, _PAR
 
 
 def parse_tlvs(data: bytes) -> dict[int, bytes]:
-    """Raises FrameEncodingError for what is cut, repeated or out of order."""
+    """Raises FrameEncodingError for what is cut, repeated or out of order (R-4-2)."""
     reader = Reader(data)
     found: dict[int, bytes] = {}
     last = -1
@@ -90,7 +90,7 @@ class TransportParameters:
 
 @define
 class TransportHello:
-    """The hello of the handshake, before any TLS byte. Not the HELLO record of protocol §10."""
+    """The hello of the handshake, before any TLS byte. Not the HELLO record of protocol §10 (R-2-8)."""
 
     original_dcid: bytes
     cid: bytes
@@ -112,7 +112,7 @@ class TransportHello:
 
     @classmethod
     def decode(cls, data: bytes) -> TransportHello:
-        """Raises FrameEncodingError. Whether the echoes are right is the handshake's to judge."""
+        """Raises FrameEncodingError. Whether the echoes are right is the handshake's to judge (R-4-3)."""
         if len(data) > MAX_HELLO:
             raise FrameEncodingError(f"hello of {len(data)} bytes, at most {MAX_HELLO}")
         values = parse_tlvs(data)

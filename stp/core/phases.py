@@ -101,7 +101,10 @@ class Phases:
         self.due_at = now + self._limits.seconds
 
     def begin(self, sealer: Sealer, largest_acked: int, pto: float, now: float) -> None:
-        """The phase is used up, by `packets` or `due_at`: begin an update, or wait until that is allowed (1)."""
+        """The phase is used up, by `packets` or `due_at`: begin an update, or wait until that is allowed (1).
+
+        R-9-1.
+        """
         if self.due_at == _NEVER or self.unanswered or largest_acked < sealer.first:
             return
         if self._acked_at is None:
@@ -121,7 +124,7 @@ class Phases:
     def open(
         self, datagram: bytes, opener: Opener, sealer: Sealer, acks: AckTracker, pto: float, now: float
     ) -> bytes | None:
-        """A packet to the current CID that has the other phase bit: what it says, if it opens and is fresh.
+        """A packet to the current CID that has the other phase bit: what it says, if it opens and is fresh (R-9-2).
 
         Raises ProtocolError (KEY_UPDATE).
         """
@@ -181,14 +184,14 @@ class Phases:
 
 
 def seal_limit(keys: SessionKeys, limits: KeyLimits) -> int:
-    """Packets that one key may seal."""
+    """Packets that one key may seal (R-9-3)."""
     if limits.seal_limit is not None:
         return limits.seal_limit
     return NUMBERS if keys.seal_limit is None else keys.seal_limit
 
 
 def fail_limit(keys: SessionKeys, limits: KeyLimits) -> int:
-    """Failed opens that end a session."""
+    """Failed opens that end a session (R-9-3)."""
     return keys.fail_limit if limits.fail_limit is None else limits.fail_limit
 
 

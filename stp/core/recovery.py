@@ -30,7 +30,7 @@ MAX_BACKOFF: Final = 16
 
 
 class FrameOwner(Protocol):
-    """The part that wrote a frame and decides what is still worth saying."""
+    """The part that wrote a frame and decides what is still worth saying (R-6-6)."""
 
     def on_acked(self, token: object) -> None: ...
 
@@ -181,7 +181,7 @@ class Sent:
 
 
 class Recovery:
-    """Packets of one session under way (RFC 9002, appendix A)."""
+    """Packets of one session under way (RFC 9002, appendix A, R-6-1)."""
 
     __slots__ = (
         "_acked_until",

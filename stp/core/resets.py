@@ -35,7 +35,7 @@ class Resetter:
         self._said: dict[Any, float] = {}
 
     def answer(self, datagram: bytes, addr: Any, now: float) -> bytes | None:
-        """The RESET for a DATA packet that no session of ours wants; None: silence."""
+        """The RESET for a DATA packet that no session of ours wants; None: silence (R-8-2)."""
         cid = datagram[1:9]
         if len(cid) < 8 or not cid_is_ours(self._cid_key, self._instance, cid):
             return None

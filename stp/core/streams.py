@@ -15,7 +15,7 @@ from stp.core.flow import ReceiveCredit
 from stp.core.ranges import RangeSet
 
 MAX_GAPS: Final = 1000
-"""Runs of bytes that one stream keeps beyond gaps."""
+"""Runs of bytes that one stream keeps beyond gaps (R-7-6)."""
 MAX_CHUNKS: Final = 1024
 """Pieces of unread bytes before they are joined into one: small pieces cost more than they hold."""
 CONTROL_BUFFER: Final = 256 * 1024

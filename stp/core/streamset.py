@@ -18,7 +18,7 @@ from stp.core.recovery import FrameSink
 from stp.core.streams import WRITABLE_ROOM, RecvStream, SendStream
 
 MAX_STREAMS: Final = 100
-"""Streams of each kind that either side may have open at a time; our transport parameters 3 and 4."""
+"""Streams of each kind that either side may have open at a time; our transport parameters 3 and 4 (R-7-6)."""
 LISTENER_BIT: Final = 1
 UNIDIRECTIONAL_BIT: Final = 2
 MAX_INDEX: Final = 1 << 30
@@ -79,7 +79,7 @@ class StreamSet:
     # -- the owner's side
 
     def open(self, weight: int, *, bidirectional: bool = False) -> int:
-        """The number of a new stream of ours. Raises UsageError when the peer allows no more."""
+        """The number of a new stream of ours. Raises UsageError when the peer allows no more (R-5-3)."""
         kind = frames.BIDIRECTIONAL if bidirectional else frames.UNIDIRECTIONAL
         index = self._opened[kind]
         if index >= self.peer_max_streams[kind]:

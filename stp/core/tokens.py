@@ -97,7 +97,7 @@ class TokenKeeper:
         return self._seal(_NODE, _NODE_BODY.pack(now + NODE_LIFETIME, token_node(domain, node)), b"", now)
 
     def read(self, token: bytes, addr: Address, dcid: bytes, now: float) -> Verdict:
-        """What the token of an INIT with that DCID from `addr` is worth. A good node token is used up."""
+        """What the token of an INIT with that DCID from `addr` is worth. A good node token is used up (R-4-22)."""
         self._rotate(now)
         kind = token[0] if token else 0
         if kind == _RETRY:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from stp.records import RecordHead
 
 MAX_RANGES = 1024
-"""Ranges of numbers remembered per (source, lane) of another keeper; more is RANGES (protocol §10)."""
+"""Ranges of numbers remembered per (source, lane) of another keeper; more is RANGES (protocol §10, R-10-24)."""
 
 FORGET_AFTER = 7 * 86400.0
 """Seconds after a publisher's last record until its highest number is forgotten. Counted in the store's own

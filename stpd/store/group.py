@@ -33,7 +33,7 @@ GROUPED_HEAD: Final = 34 + MAX_TOPIC + 4
 """Bytes of a grouped record beside its batches, at most."""
 
 STORED: Final = OutcomeKind.STORED
-REPEAT: Final = OutcomeKind.REPEAT
+REPEAT: Final = OutcomeKind.REPEAT  # R-10-21
 CONFLICT: Final = OutcomeKind.CONFLICT
 RANGES: Final = OutcomeKind.RANGES
 
@@ -88,6 +88,7 @@ class Group:
     # -- publishers -----------------------------------------------------------------------------------------
 
     def _adopt(self, item: Append) -> Outcome:
+        """R-10-18."""
         head = item.head
         entry = self._log.seen.publisher((head.source, item.lane))
         if head.to <= entry.highest:
@@ -130,6 +131,7 @@ class Group:
     # -- other keepers --------------------------------------------------------------------------------------
 
     def _take(self, item: Append) -> Outcome:
+        """R-10-20."""
         head = item.head
         key = (head.source, item.lane)
         ranges = self._log.seen.keeper(key)
@@ -153,7 +155,7 @@ class Group:
         return Outcome(STORED, pos)
 
     def _known_crc(self, key: Key, number: int) -> int | None:
-        """CRC of the record with that number, if it is in the log (or on its way) and no void."""
+        """CRC of the record with that number, if it is in the log (or on its way) and no void (R-10-22)."""
         known = self._crcs.get((key, number))
         if known is not None:
             return known

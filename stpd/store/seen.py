@@ -137,7 +137,10 @@ class SeenNumbers:
         # the ids given to new sources stay unused: an id is given once, whatever became of it
 
     def forget(self, seen: int) -> int:
-        """Forget publishers whose last record is FORGET_AFTER ago; how many. Inside a transaction of its own."""
+        """Forget publishers whose last record is FORGET_AFTER ago; how many. Inside a transaction of its own.
+
+        R-10-19.
+        """
         limit = seen - int(FORGET_AFTER)
         if limit <= 0:
             return 0

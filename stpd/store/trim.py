@@ -103,6 +103,7 @@ class Trimmer:
                     self._pass_readers(cursors.get(lane, []), trimmed)
 
     def _forced_bound(self, lane: int, cursors: dict[int, list[CursorState]], force: bool) -> int:
+        """R-10-37."""
         here = cursors.get(lane, [])
         kinds = self._log.kinds
         if force and any(kinds.get(cursor.hop) == "uplink" for cursor in here):

@@ -58,6 +58,7 @@ def test_both_sides_learn_who_the_other_is() -> None:
     ids=["node", "domain"],
 )
 def test_hello_must_agree_with_the_certificate(claimed: Hello) -> None:
+    """R-10-28."""
     left, right = joined()
     gateway = link(right, hello("gateway", b"g" * 16))
     gateway.process(0.0)
@@ -71,6 +72,7 @@ def test_hello_must_agree_with_the_certificate(claimed: Hello) -> None:
 
 
 def test_anything_before_hello_is_a_protocol_error() -> None:
+    """R-10-33."""
     left, right = joined()
     gateway = link(right, hello("gateway", b"g" * 16))
     gateway.process(0.0)
@@ -88,6 +90,7 @@ def test_a_second_hello_is_a_protocol_error() -> None:
 
 
 def test_lanes_are_not_parsed_before_hello() -> None:
+    """R-10-28."""
     left, right = joined()
     device, gateway = link(left, hello("device", b"d" * 16)), link(right, hello("gateway", b"g" * 16))
     device.process(0.0), gateway.process(0.0)
@@ -147,6 +150,7 @@ def test_hello_is_the_links_to_send() -> None:
 
 
 def test_an_unknown_control_record_is_skipped() -> None:
+    """R-10-32."""
     pair = Pair()
     pair.left.write(0, b"\0\0\0\x03\xc8ab")
     pair.device.send(Subscribed("1"))
@@ -154,6 +158,7 @@ def test_an_unknown_control_record_is_skipped() -> None:
 
 
 def test_a_control_record_above_16_kib_is_limit() -> None:
+    """R-10-32."""
     pair = Pair()
     pair.left.write(0, (16_385).to_bytes(4, "big"))
     assert of_type(pair.run(), LinkClosed)[0].code is ErrorCode.LIMIT
@@ -210,6 +215,7 @@ def test_a_lane_that_cannot_be(opening: bytes, stream: int) -> None:
 
 
 def test_a_lane_is_opened_once() -> None:
+    """R-10-3."""
     pair = Pair()
     for _ in range(2):
         pair.left.write(pair.left.open_stream(), b"\x01\x03")
@@ -241,6 +247,7 @@ def test_places_count_from_0_on_each_lane() -> None:
 
 
 def test_receipts_are_coalesced_and_say_kept_custody_and_ranges() -> None:
+    """R-10-35."""
     pair = Pair()
     for number in range(1, 9):
         pair.device.send_record(TELEMETRY, record(pair.source, number))
@@ -294,6 +301,7 @@ def test_a_place_is_answered_once() -> None:
 
 
 def test_refused_stands_before_the_receipt_that_counts_it() -> None:
+    """R-10-35."""
     pair = Pair()
     for number in (1, 2):
         pair.device.send_record(TELEMETRY, record(pair.source, number))
@@ -328,6 +336,7 @@ def test_answers_for_what_was_never_sent_close_the_session(lie: Receipt | Refuse
 
 
 def test_credit_is_what_was_taken_plus_the_incomplete_record() -> None:
+    """R-7-3."""
     pair = Pair()
     first, second = record(pair.source, 1), record(pair.source, 2, bytes(4000))
     pair.device.send_record(TELEMETRY, first)

@@ -149,6 +149,7 @@ def test_fault_54_a_repeat_with_other_bytes_is_refused_and_never_receipted(seed:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_fault_55_speaking_for_another_source_is_refused_and_nothing_remembered(seed: int) -> None:
+    """R-10-27."""
     two = Two(seed, ROUGH)
     memory = Memory(two.gateway)
     places = [two.send(record(STRANGER, number)) for number in (7, 8, 9)]
@@ -189,6 +190,7 @@ def test_fault_62_the_largest_record_passes_a_smaller_window(seed: int) -> None:
 
 
 def test_fault_62_a_record_that_is_never_finished_ends_the_session() -> None:
+    """R-7-4."""
     two = Two(1)
     memory = Memory(two.gateway)
     two.send(record(DEVICE, 1))
@@ -261,6 +263,7 @@ class Moody:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_fault_64_refused_in_the_middle_of_a_stream_then_room(seed: int) -> None:
+    """R-10-38."""
     two = Two(seed, ROUGH)
     keeper = Moody(two.gateway, seed)
     refused: list[Refused] = []

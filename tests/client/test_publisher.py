@@ -155,6 +155,7 @@ def test_a_run_of_messages_is_one_batch_even_of_commands() -> None:
 
 
 def test_classes_and_lanes_do_not_mix_and_do_not_wait_for_one_another() -> None:
+    """R-10-2."""
     bench = Bench()
     rules = [ClassRule("fast", ("a/+",), 3), ClassRule("slow", ("#",), 3, linger_ms=500)]
     bench.publisher.sort_by(rules)
@@ -236,6 +237,7 @@ def test_a_lane_takes_what_its_share_holds_and_an_empty_one_anything() -> None:
 
 
 def test_a_ticket_is_told_once_when_all_its_messages_are_kept() -> None:
+    """R-10-37."""
     bench = Bench()
     waiter = Waiter()
     for n in range(4):
@@ -274,6 +276,7 @@ def test_custody_is_told_after_kept_and_out_of_order() -> None:
 
 
 def test_what_is_full_is_sent_again_in_order_after_its_pause() -> None:
+    """R-10-39."""
     bench = Bench()
     for n in range(4):
         bench.add("cmd/x", str(n))
@@ -317,6 +320,7 @@ def test_pauses_grow_while_nothing_is_kept() -> None:
 
 
 def test_a_final_refusal_becomes_a_void_and_its_caller_is_told() -> None:
+    """R-10-39."""
     bench = Bench()
     waiters = [Waiter() for _ in range(3)]
     for waiter in waiters:
@@ -414,6 +418,7 @@ def test_loners_are_bounded() -> None:
 
 
 def test_a_new_session_gets_what_is_unanswered_with_the_same_numbers() -> None:
+    """R-10-17."""
     bench = Bench()
     custody = Waiter(custody=True)
     bench.add("cmd/x", "0", ticket=custody.ticket)

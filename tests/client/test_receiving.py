@@ -23,6 +23,7 @@ from tests.client.joined import OTHER, TELEMETRY, Pair, batch, hello, link, numb
 
 
 def test_an_unknown_source_waits_for_introduce_without_credit() -> None:
+    """R-10-28."""
     pair = Pair(may_speak_for=lambda node: node == "sensor")
     stream = pair.left.open_stream()
     data = b"\x01\x03" + record(OTHER, 1) + record(pair.source, 1)
@@ -43,6 +44,7 @@ def test_an_unknown_source_waits_for_introduce_without_credit() -> None:
 
 
 def test_a_source_never_introduced_is_refused_after_3_seconds() -> None:
+    """R-10-28."""
     pair = Pair(may_speak_for=lambda node: True)
     pair.deaf = True
     stream = pair.left.open_stream()
@@ -62,6 +64,7 @@ def test_a_source_never_introduced_is_refused_after_3_seconds() -> None:
 
 
 def test_a_foreign_source_is_refused_and_nothing_remembered() -> None:
+    """R-10-27."""
     pair = Pair()
     pair.deaf = True
     pair.device.send(Introduce({OTHER: "hub"}))
@@ -118,6 +121,7 @@ def test_a_relay_introduces_a_source_before_its_first_record() -> None:
 
 
 def test_a_damaged_record_costs_its_place_only() -> None:
+    """R-10-23."""
     pair = Pair()
     bad = bytearray(record(pair.source, 1))
     bad[40] ^= 1
@@ -178,6 +182,7 @@ def test_what_was_given_out_already_is_not_admitted() -> None:
 
 
 def test_later_numbers_are_refused_with_the_same_code_until_all_came_again() -> None:
+    """R-10-38."""
     pair = refused_pair()
     for event in of_type(pair.at, RecordReceived)[2:]:
         pair.gateway.admit(event)
@@ -194,6 +199,7 @@ def test_later_numbers_are_refused_with_the_same_code_until_all_came_again() -> 
 
 
 def test_a_void_counts_for_all_it_covers() -> None:
+    """R-10-38."""
     pair = refused_pair()
     for event in of_type(pair.at, RecordReceived)[2:]:
         pair.gateway.admit(event)
@@ -252,6 +258,7 @@ def test_refusals_are_remembered_within_a_bound() -> None:
 
 
 def test_an_incomplete_record_is_limit_after_30_seconds() -> None:
+    """R-7-4."""
     pair = Pair()
     pair.left.write(pair.left.open_stream(), b"\x01\x03" + record(pair.source, 1)[:50])
     pair.run()

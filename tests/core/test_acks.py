@@ -31,7 +31,7 @@ def ranges(acks: AckTracker, now: float = 1.0) -> list[tuple[int, int]]:
 
 @given(st.lists(st.integers(0, 3 * PN_WINDOW), max_size=60))
 def test_a_number_is_fresh_once(numbers: list[int]) -> None:
-    """Promise (1), against a set and the window as protocol §2 has it."""
+    """Promise (1), against a set and the window as protocol §2 has it (R-2-5)."""
     acks = AckTracker()
     seen: set[int] = set()
     for pn in numbers:
@@ -42,6 +42,7 @@ def test_a_number_is_fresh_once(numbers: list[int]) -> None:
 
 
 def test_the_window_is_as_wide_as_promised() -> None:
+    """R-2-5."""
     acks = AckTracker()
     receive(acks, 10_000)
     assert acks.fresh(10_000 - (PN_WINDOW - 1))
@@ -67,6 +68,7 @@ def test_runs_move_the_window_as_single_numbers_do() -> None:
 
 
 def test_every_second_packet_is_acknowledged_at_once() -> None:
+    """R-6-4."""
     acks = AckTracker()
     receive(acks, 0)
     acks.on_eliciting(1, 1.0)
@@ -79,6 +81,7 @@ def test_every_second_packet_is_acknowledged_at_once() -> None:
 
 
 def test_a_single_packet_is_acknowledged_after_the_delay() -> None:
+    """R-6-4."""
     acks = AckTracker()
     receive(acks, 0)
     acks.on_eliciting(1, 1.0)
@@ -88,6 +91,7 @@ def test_a_single_packet_is_acknowledged_after_the_delay() -> None:
 
 @pytest.mark.parametrize("numbers", [(0, 2), (1,), (0, 1, 5, 3)], ids=["gap", "first missing", "late"])
 def test_gaps_and_late_packets_are_acknowledged_at_once(numbers: tuple[int, ...]) -> None:
+    """R-6-4."""
     acks = AckTracker()
     for pn in numbers[:-1]:
         receive(acks, pn)
@@ -107,6 +111,7 @@ def test_what_asks_for_no_ack_draws_none() -> None:
 
 
 def test_a_ping_is_answered_at_once() -> None:
+    """R-6-4."""
     acks = AckTracker()
     receive(acks, 0)
     acks.on_eliciting(1, 1.0, at_once=True)

@@ -34,7 +34,7 @@ def admitted(gate: Admission, key: bytes, tries: int, now: float) -> int:
 
 
 def test_twenty_a_second_after_a_burst_of_five() -> None:
-    """Fault 20: 1,000 handshakes a second from one address."""
+    """Fault 20: 1,000 handshakes a second from one address (R-4-25)."""
     gate = Admission()
     assert admitted(gate, b"a", 100, 1.0) == ADDRESS_BURST
     total = sum(admitted(gate, b"a", 10, 1.0 + n / 100) for n in range(1, 101))
@@ -43,6 +43,7 @@ def test_twenty_a_second_after_a_burst_of_five() -> None:
 
 
 def test_eight_unfinished_per_address() -> None:
+    """R-4-25."""
     gate = Admission()
     now = 1.0
     for _ in range(ADDRESS_HALF_OPEN):
@@ -54,6 +55,7 @@ def test_eight_unfinished_per_address() -> None:
 
 
 def test_all_together_are_bounded() -> None:
+    """R-4-25."""
     gate = Admission()
     now, count = 0.0, 0
     for n in range(3000):

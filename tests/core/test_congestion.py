@@ -94,11 +94,12 @@ def test_pacing_rate_is_a_quarter_above_the_window_per_round_trip() -> None:
     ],
 )
 def test_bursts(rate: float, cwnd: int, packet: int, packets: int) -> None:
-    """Protocol §6: clamp(pacing rate × 2 ms, 2, 54 packets), at most cwnd / 4."""
+    """Protocol §6: clamp(pacing rate × 2 ms, 2, 54 packets), at most cwnd / 4 (R-6-5)."""
     assert burst_packets(rate, cwnd, packet) == packets
 
 
 def test_the_pacer_spreads_bursts() -> None:
+    """R-6-3."""
     pacer = Pacer()
     assert pacer.may_send(5.0)
     pacer.on_sent(10_000, 1e6, 5.0)

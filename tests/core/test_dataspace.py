@@ -78,7 +78,7 @@ class Talk:
     ],
 )
 def test_an_offence_closes_with_its_code(said: bytes | frames.Frame, code: ErrorCode) -> None:
-    """Promise (3), and the listener tells the offender."""
+    """Promise (3), and the listener tells the offender (R-5-2)."""
     talk = Talk()
     talk.forge(said)
     closed = talk.hub.closed(talk.peer)
@@ -91,7 +91,7 @@ def test_an_offence_closes_with_its_code(said: bytes | frames.Frame, code: Error
 
 
 def test_an_ack_of_a_number_that_was_left_out() -> None:
-    """Protocol §2: optimistic ACKs."""
+    """Protocol §2: optimistic ACKs (R-2-6)."""
     talk = Talk()
     space = talk.peer._data
     assert space is not None
@@ -173,6 +173,7 @@ def test_small_writes_share_a_packet() -> None:
 
 
 def test_a_burst_leaves_as_one_transmit_of_equal_datagrams() -> None:
+    """R-2-1."""
     talk = Talk()
     net, edge = talk.net, talk.edge
     lane = talk.session.open_stream()
@@ -208,7 +209,7 @@ def test_no_more_in_flight_than_the_window() -> None:
 
 
 def test_bytes_are_paced_over_the_round_trip() -> None:
-    """A window leaves over most of a round trip, not at once."""
+    """A window leaves over most of a round trip, not at once (R-6-3)."""
     talk = Talk(delay=0.1)
     lane = talk.session.open_stream()
     start = talk.net.now
@@ -288,7 +289,7 @@ def test_both_ways_of_a_bidirectional_stream() -> None:
 
 
 def test_retired_cids_are_replaced() -> None:
-    """Both sides issue CIDs, at most four active (protocol §5)."""
+    """Both sides issue CIDs, at most four active (protocol §5, R-5-4)."""
     talk = Talk()
     space = talk.peer._data
     assert space is not None
@@ -473,7 +474,10 @@ def test_an_outage_shorter_than_the_patience_loses_nothing() -> None:
 
 
 def test_weights_hold_on_a_slow_link() -> None:
-    """Four lanes full of data on 1 MB/s: shares by weight, and a command passes in a fraction of a second."""
+    """Four lanes full of data on 1 MB/s: shares by weight, and a command passes in a fraction of a second.
+
+    R-10-3.
+    """
     talk = Talk(bandwidth=1_000_000)
     lanes = {weight: talk.session.open_stream(weight=weight) for weight in (64, 32, 16, 4)}
     for lane in lanes.values():

@@ -45,7 +45,7 @@ def token_of(net: Network, hub: Host, edge: Host) -> bytes:
 
 
 def test_a_stranger_costs_no_state() -> None:
-    """Promise (1), fault 14 in small: tokenless INITs from any number of addresses."""
+    """Promise (1), fault 14 in small: tokenless INITs from any number of addresses (R-4-26)."""
     net, hub, edge = pair()
     init = first_init(net, edge, hub)
     gc.collect()
@@ -77,7 +77,7 @@ def test_answers_to_strangers_are_bounded() -> None:
 
 
 def test_garbage_gets_silence() -> None:
-    """Promise (2) and fault 16: random, cut, of another version, with a bad tag, to nobody."""
+    """Promise (2) and fault 16: random, cut, of another version, with a bad tag, to nobody (R-2-1, R-2-7)."""
     net, hub, edge = pair()
     session = edge.connect(hub)
     net.establish(session)
@@ -114,7 +114,7 @@ def test_who_does_not_listen_does_not_answer() -> None:
 
 
 def test_without_the_network_key_a_listener_is_silent() -> None:
-    """Fault 17: 0 bytes for a scanner."""
+    """Fault 17: 0 bytes for a scanner (R-3-6)."""
     net, hub, _ = pair()
     scanner = net.dialler("edge-9", network_keys=(bytes(32),))
     session = scanner.connect(hub)
@@ -126,6 +126,7 @@ def test_without_the_network_key_a_listener_is_silent() -> None:
 
 @pytest.mark.parametrize("keys", [(bytes(32), NETWORK_KEY), (NETWORK_KEY, bytes(32))])
 def test_two_network_keys_are_accepted_during_rotation(keys: tuple[bytes, ...]) -> None:
+    """R-3-6."""
     net = Network()
     hub = net.listener(network_keys=keys)
     net.establish(net.dialler().connect(hub))
@@ -189,7 +190,7 @@ def test_a_node_token_of_another_node_is_refused() -> None:
 
 
 def test_handshakes_of_one_address_are_limited_others_pass() -> None:
-    """Fault 20 in small: a flood from one address, one honest client elsewhere."""
+    """Fault 20 in small: a flood from one address, one honest client elsewhere (R-4-25)."""
     net, hub, _ = pair()
     flood = net.dialler("edge-9")
     sessions = [flood.connect(hub) for _ in range(30)]

@@ -23,6 +23,7 @@ def test_credit_is_due_when_a_quarter_of_the_window_is_taken() -> None:
 
 
 def test_credit_is_never_lowered() -> None:
+    """R-7-3."""
     credit = ReceiveCredit(1000)
     credit.limit = 5000
     credit.taken = 500

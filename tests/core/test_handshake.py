@@ -73,7 +73,7 @@ def test_bytes_may_come_in_any_pieces(step: int) -> None:
 
 
 def test_both_hellos_are_bound_into_the_keys() -> None:
-    """Protocol §3: a hello changed on the way gives other keys, so no DATA packet opens."""
+    """Protocol §3: a hello changed on the way gives other keys, so no DATA packet opens (R-3-5)."""
     client, server = side("edge-1", dialling=True), side("hub", dialling=False)
     server_view = TransportHello(original_dcid=bytes(8), cid=b"changed!")
     first = len(server_view.encode()).to_bytes(2, "big") + server_view.encode() + client.take_tls()
@@ -103,17 +103,20 @@ def test_the_listener_ignores_what_comes_after_and_frees_tls() -> None:
     ],
 )
 def test_a_hello_that_cannot_be_ends_it(data: bytes, error: type[ProtocolError], words: str) -> None:
+    """R-4-1."""
     with pytest.raises(error, match=words):
         side("hub", dialling=False).receive(data, Lenient())
 
 
 def test_another_version_is_refused() -> None:
+    """R-2-8."""
     raw = TransportHello(original_dcid=bytes(8), cid=bytes(8), versions=(2,)).encode()
     with pytest.raises(ProtocolError, match="version 0x00000002"):
         side("hub", dialling=False).receive(len(raw).to_bytes(2, "big") + raw, Lenient())
 
 
 def test_16_kib_is_the_limit_over_all_pieces() -> None:
+    """R-4-1."""
     server = side("hub", dialling=False)
     raw = HELLO.encode()
     server.receive(len(raw).to_bytes(2, "big") + raw, Lenient())

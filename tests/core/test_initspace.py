@@ -48,6 +48,7 @@ def flawed(node: str, flaw: Flaw) -> TlsCredentials:
 
 
 def test_both_sides_agree_in_two_round_trips_after_a_retry() -> None:
+    """R-4-15."""
     pair = Pair()
     pair.run_to_done()
     assert_agreed(pair)
@@ -68,7 +69,7 @@ def test_both_sides_agree_in_two_round_trips_after_a_retry() -> None:
 
 
 def test_a_hybrid_hello_fills_two_datagrams_and_draws_two_retries() -> None:
-    """Protocol §4: X25519MLKEM768 is on; the first Retry that verifies wins."""
+    """Protocol §4: X25519MLKEM768 is on; the first Retry that verifies wins (R-4-12, R-4-16)."""
     pair = Pair()
     pair.run_to_done()
     assert pair.client._tls._tls.get_group_name() == "X25519MLKEM768"
@@ -78,6 +79,7 @@ def test_a_hybrid_hello_fills_two_datagrams_and_draws_two_retries() -> None:
 
 
 def test_packet_numbers_go_on_after_a_retry_and_keys_change() -> None:
+    """R-2-4, R-3-1."""
     seen: list[packet.InitPacket] = []
 
     def watch(direction: str, _count: int, datagram: bytes) -> bool:
@@ -125,7 +127,7 @@ def test_any_one_datagram_may_be_lost(direction: str, count: int) -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_damage_duplication_and_disorder_change_nothing(seed: int) -> None:
-    """Promise (1) of initspace: TLS never sees a damaged byte."""
+    """Promise (1) of initspace: TLS never sees a damaged byte (R-3-2)."""
     rng = random.Random(seed)
     pair = Pair(seed=seed)
     send = pair.send
@@ -179,7 +181,7 @@ def test_two_network_keys_are_accepted_during_rotation(shown: bytes) -> None:
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_the_dialling_side_refuses(options: dict[str, object], words: str) -> None:
-    """Before it has keys, and before its Finished: the listener never believes in it."""
+    """Before it has keys, and before its Finished: the listener never believes in it (R-4-8)."""
     pair = Pair(**options)  # type: ignore[arg-type]
     pair.run(lambda: over(pair))
     assert pair.client.keys is None
@@ -204,7 +206,7 @@ def test_the_dialling_side_refuses(options: dict[str, object], words: str) -> No
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_the_listening_side_refuses(options: dict[str, object], words: str) -> None:
-    """No keys on the listener; the client, whose TLS had succeeded, hears of it and why (promise 5)."""
+    """No keys on the listener; the client, whose TLS had succeeded, hears of it and why (promise 5, R-4-5)."""
     pair = Pair(**options)  # type: ignore[arg-type]
     pair.run(lambda: pair.client.state is HandshakeState.REFUSED)
     assert pair.server is not None
@@ -245,7 +247,7 @@ def test_a_refusal_survives_loss(seed: int) -> None:
 
 
 def test_a_close_alone_is_only_a_hint() -> None:
-    """Promise (5): whoever knows the network key can write one; an honest handshake outruns it."""
+    """Promise (5): whoever knows the network key can write one; an honest handshake outruns it (R-4-17)."""
     pair = Pair(retry=False)
     pair.run(lambda: pair.server is not None)
     forged_keys = initial_keys(pair.client.original_dcid)
@@ -259,6 +261,7 @@ def test_a_close_alone_is_only_a_hint() -> None:
 
 
 def test_a_close_that_nothing_contradicts_is_believed_after_three_ptos() -> None:
+    """R-4-17."""
     pair = Pair(retry=False, drop=lambda d, _c, _b: d == "s")
     pair.run(lambda: pair.server is not None)
     assert pair.server is not None
@@ -274,7 +277,7 @@ def test_a_close_that_nothing_contradicts_is_believed_after_three_ptos() -> None
 
 
 def test_a_node_token_spares_the_retry_and_holds_to_three_times() -> None:
-    """Promise (2): without a Retry the address is not proven, so at most 3 × what came."""
+    """Promise (2): without a Retry the address is not proven, so at most 3 × what came (R-4-15, R-4-23)."""
     first = Pair()
     token = first.keeper.seal_node("test", "edge-1", 0.0)
     pair = Pair(token=token, keeper=first.keeper)
@@ -298,7 +301,7 @@ def test_a_node_token_spares_the_retry_and_holds_to_three_times() -> None:
 
 
 def test_amplification_stops_at_three_times() -> None:
-    """Promise (2), where the client never answers."""
+    """Promise (2), where the client never answers (R-4-20)."""
     first = Pair()
     token = first.keeper.seal_node("test", "edge-1", 0.0)
     pair = Pair(token=token, keeper=first.keeper, drop=lambda d, c, _: d == "s" or c >= 2)
@@ -342,6 +345,7 @@ def test_more_than_16_kib_of_own_certificates_is_our_own_fault() -> None:
 
 @pytest.mark.parametrize("suite", ["aes", "chacha"])
 def test_the_client_chooses_the_cipher(suite: str) -> None:
+    """R-3-4."""
     client = credentials("edge-1")
     pair = Pair(
         contexts=(
@@ -385,7 +389,7 @@ def test_certificates_are_judged_at_the_time_we_say() -> None:
 
 
 def test_wrong_echoes_are_a_protocol_error() -> None:
-    """Both hellos are bound to the CIDs of the packets they came in."""
+    """Both hellos are bound to the CIDs of the packets they came in (R-4-4)."""
     for victim in ("client", "server"):
         pair = Pair(retry=False)
         pair.run(lambda p=pair: p.server is not None)  # type: ignore[misc]
@@ -419,6 +423,7 @@ def test_wrong_echoes_are_a_protocol_error() -> None:
     ],
 )
 def test_what_does_not_belong_into_an_init_closes(payload: bytes, code: ErrorCode) -> None:
+    """R-4-14."""
     pair = Pair(retry=False)
     header = packet.init_header(b"12345678", b"abcdefgh", b"", 7)
     plain = payload.ljust(1200 - len(header) - 16, b"\x00")
@@ -467,7 +472,7 @@ def test_any_tls_bytes_end_at_worst_in_a_refusal(tls: bytes) -> None:
 
 
 def test_duplicates_draw_at_most_one_answer_per_half_pto() -> None:
-    """Promise (3)."""
+    """Promise (3, R-4-19)."""
     pair = Pair(retry=False)
     pair.run(lambda: pair.server is not None)
     assert pair.server is not None
@@ -502,7 +507,7 @@ def test_give_up_on_our_side() -> None:
 
 
 def test_probes_back_off_and_stop_at_the_deadline() -> None:
-    """PTO 300 ms, doubling, at most 1 s; 10 s in all."""
+    """PTO 300 ms, doubling, at most 1 s; 10 s in all (R-4-18)."""
     sent: list[float] = []
     pair = Pair(drop=lambda d, c, _: bool(sent.append(pair.now)) or True)  # type: ignore[func-returns-value]
     pair.run(lambda: False, limit=20)

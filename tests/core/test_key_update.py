@@ -85,6 +85,7 @@ def ends(suite: str = AES) -> tuple[End, End]:
 
 
 def test_the_limits_are_the_protocols() -> None:
+    """R-9-1."""
     assert (UPDATE_PACKETS, UPDATE_BYTES, UPDATE_SECONDS) == (1 << 20, 1 << 36, 3600.0)
     aes, chacha = (SessionKeys.derive(bytes(32), suite) for suite in (AES, CHACHA))
     assert (seal_limit(aes, KeyLimits()), fail_limit(aes, KeyLimits())) == (1 << 23, 1 << 52)
@@ -116,6 +117,7 @@ def test_an_update_and_its_answer(suite: str) -> None:
 
 
 def test_never_before_confirmation() -> None:
+    """R-9-1."""
     a = End(dialling=True)
     a.phases = Phases(
         SessionKeys.derive(bytes(32), AES),
@@ -136,6 +138,7 @@ def test_never_before_confirmation() -> None:
 
 
 def test_never_before_an_acknowledgement_and_three_pto() -> None:
+    """R-9-1."""
     a, _ = ends()
     a.phases.begin(a.sealer, -1, PTO, 0.0)
     a.phases.begin(a.sealer, -1, PTO, 100.0)
@@ -185,6 +188,7 @@ def test_what_uses_up_a_phase() -> None:
 
 
 def test_old_packets_open_for_three_pto() -> None:
+    """R-9-2."""
     a, b = ends()
     early, late = a.seal(b"early"), a.seal(b"late")
     a.begin()
@@ -229,6 +233,7 @@ def test_keys_of_the_phase_before_the_previous_are_gone() -> None:
 
 
 def test_an_old_key_with_a_higher_number() -> None:
+    """R-9-2."""
     a, b = ends()
     liar = End(dialling=True)
     a.begin()
@@ -324,7 +329,7 @@ def vector_packets() -> list[dict[str, Any]]:
 
 
 def test_the_vectors_of_three_phases() -> None:
-    """One connection's packets, by the same code that updates keys: sealed and opened."""
+    """One connection's packets, by the same code that updates keys: sealed and opened (R-2-3)."""
     cases = vector_packets()
     assert [case["updates"] for case in cases] == [0, 1, 2]
     assert [case["phase"] for case in cases] == [0, 1, 0]
@@ -356,6 +361,7 @@ def test_the_vectors_of_three_phases() -> None:
 
 @pytest.mark.parametrize("limit", [CLOSE_RESERVE + 2, 300, 1000])
 def test_a_key_seals_to_its_limit_and_not_further(limit: int) -> None:
+    """R-9-3."""
     made = SessionKeys.derive(bytes(32), AES)
     sealer = Sealer(made.client, bytes(32), CID, lambda n: bytes(n), limit)
     sealed = 0

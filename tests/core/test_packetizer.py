@@ -101,7 +101,7 @@ def test_every_length_is_cut_without_loss(length: int, piece: int, fin: bool) ->
 
 
 def test_numbers_are_never_used_twice() -> None:
-    """Promise (1), over bursts, single packets and numbers left out."""
+    """Promise (1), over bursts, single packets and numbers left out (R-2-4)."""
     seal, recv = sealer(), receiver()
     seal.skip_at = 7
     for _ in range(5):
@@ -113,7 +113,7 @@ def test_numbers_are_never_used_twice() -> None:
 
 
 def test_left_out_numbers() -> None:
-    """Protocol §2: one every 256 to 131,072 packets, never inside a burst."""
+    """Protocol §2: one every 256 to 131,072 packets, never inside a burst (R-2-6)."""
     seal = sealer()
     gaps, last = [], 0
     for _ in range(200):

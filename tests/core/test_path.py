@@ -40,6 +40,7 @@ def written(cids: LocalCids | RemoteCids) -> list[frames.Frame]:
 
 
 def test_cids_are_issued_up_to_four_and_announced_once() -> None:
+    """R-5-4."""
     cids = local()
     made = cids.issue(9)
     assert len(made) == ACTIVE_CIDS - 1
@@ -52,6 +53,7 @@ def test_cids_are_issued_up_to_four_and_announced_once() -> None:
 
 
 def test_a_lost_announcement_is_said_again_until_it_arrived() -> None:
+    """R-6-6."""
     cids = local()
     cids.issue(2)
     written(cids)
@@ -101,7 +103,7 @@ def test_the_peers_cids_are_kept_and_retired_on_demand() -> None:
 
 
 def test_a_retired_cid_that_comes_again_is_ignored() -> None:
-    """Protocol §5."""
+    """Protocol §5 (R-5-4)."""
     cids = RemoteCids(bytes(8))
     cids.on_new_cid(new(5, prior=5))
     written(cids)
@@ -135,7 +137,7 @@ def test_offences_with_cids() -> None:
 
 
 def test_a_flood_of_new_cids_is_a_limit() -> None:
-    """Fault 30: a peer that makes us retire for ever."""
+    """Fault 30: a peer that makes us retire for ever (R-7-6)."""
     cids = RemoteCids(bytes(8))
     with pytest.raises(LimitError):
         for seq in range(1, 10_000):

@@ -93,7 +93,7 @@ def test_ack_delay_is_capped_and_never_undercuts_the_minimum() -> None:
 
 
 def test_pto_and_loss_delay() -> None:
-    """RFC 9002 §6.2.1 and §6.1.2."""
+    """RFC 9002 §6.2.1 and §6.1.2 (R-6-1)."""
     rtt = RttEstimator(0.1, 0.025)
     assert rtt.pto() == pytest.approx(0.1 + 4 * 0.05 + 0.025)
     rtt.var = 0.0
@@ -186,7 +186,7 @@ def test_no_sample_from_an_old_packet() -> None:
 
 
 def test_three_later_packets_make_a_loss() -> None:
-    """RFC 9002 §6.1.1."""
+    """RFC 9002 §6.1.1 (R-6-1)."""
     rec, owner = recovery(), Owner()
     rec.on_sent(burst(owner, 0, 10, 1.0, fin=True))
     rec.on_ack([(2, 4)], 0.0, 1.1)
@@ -198,7 +198,7 @@ def test_three_later_packets_make_a_loss() -> None:
 
 
 def test_time_makes_a_loss_too() -> None:
-    """RFC 9002 §6.1.2: nine eighths of the larger of latest and smoothed, with a timer."""
+    """RFC 9002 §6.1.2: nine eighths of the larger of latest and smoothed, with a timer (R-6-1)."""
     rec, owner = recovery(0.1), Owner()
     for pn in range(2):
         send(rec, owner, pn, 1.0)

@@ -20,6 +20,7 @@ def restarted(net: Network, hub: Host, **keys: bytes) -> Host:
 
 
 def test_a_restart_is_known_in_one_round_trip() -> None:
+    """R-8-2."""
     net = Network(1, delay=0.05)
     hub, edge = net.listener(**KEYS), net.dialler()
     session = edge.connect(hub)
@@ -38,7 +39,10 @@ def test_a_restart_is_known_in_one_round_trip() -> None:
 
 
 def test_fault_57_a_sibling_never_resets_what_it_does_not_own() -> None:
-    """Another instance, and one with other keys, are silent; so is one without keys that outlive a start."""
+    """Another instance, and one with other keys, are silent; so is one without keys that outlive a start.
+
+    R-8-3, R-8-4.
+    """
     for keys in ({**KEYS, "instance": 1}, {"cid_key": b"x" * 32, "reset_key": b"r" * 32}, {}):
         net = Network(2)
         hub, edge = net.listener(**KEYS), net.dialler()
@@ -52,7 +56,7 @@ def test_fault_57_a_sibling_never_resets_what_it_does_not_own() -> None:
 
 
 def test_fault_56_a_forged_reset_ends_nothing() -> None:
-    """Neither a guess nor a token from another address; the true token from the peer's address would."""
+    """Neither a guess nor a token from another address; the true token from the peer's address would (R-8-5)."""
     net = Network(3)
     hub, edge = net.listener(**KEYS), net.dialler()
     session = edge.connect(hub)
@@ -70,6 +74,7 @@ def test_fault_56_a_forged_reset_ends_nothing() -> None:
 
 
 def test_garbage_draws_nothing() -> None:
+    """R-8-2."""
     net = Network(4)
     hub = net.listener(**KEYS)
     for size in (20, 25, 60, 1200):
@@ -79,7 +84,7 @@ def test_garbage_draws_nothing() -> None:
 
 
 def test_rate_and_size_are_bounded() -> None:
-    """Promises (2) and (3)."""
+    """Promises (2) and (3, R-2-9, R-8-2)."""
     net = Network(5)
     hub = net.listener(**KEYS)
     cid = hub.endpoint._new_cid()

@@ -90,7 +90,7 @@ def test_both_sides_say_connected_once_and_first() -> None:
 
 
 def test_the_dialling_side_is_connected_only_by_handshake_done() -> None:
-    """Promise (1): TLS reports success before the listener has judged our certificate."""
+    """Promise (1): TLS reports success before the listener has judged our certificate (R-4-6)."""
     net, hub, edge = pair()
     edge.auto_read = False
     session = edge.connect(hub)
@@ -132,7 +132,7 @@ def test_news_before_the_proof_waits_for_it() -> None:
 
 
 def test_data_before_the_keys_is_kept_up_to_a_limit() -> None:
-    """A listener keeps the first DATA packets until the peer is authorised (protocol §4)."""
+    """A listener keeps the first DATA packets until the peer is authorised (protocol §4, R-4-5)."""
     net, hub, edge = pair()
     held: list[bytes] = []
 
@@ -271,6 +271,7 @@ def test_statistics_are_plain_numbers() -> None:
 
 
 def test_close_is_told_and_both_sides_are_gone_after_three_ptos() -> None:
+    """R-9-6."""
     net, hub, edge, session, peer = established()
     data = session._data
     assert data is not None
@@ -307,7 +308,7 @@ def test_unacknowledged_bytes_die_with_the_session() -> None:
 
 
 def test_a_closing_side_answers_ever_more_rarely_and_a_draining_one_never() -> None:
-    """Promise (4): the 1st, 2nd, 4th, 8th … packet (protocol §9)."""
+    """Promise (4): the 1st, 2nd, 4th, 8th … packet (protocol §9, R-9-6)."""
     net, hub, edge, session, peer = established()
     net.link(edge, hub).loss = 1.0  # the peer does not hear the CLOSE
     count = net.link(edge, hub).count

@@ -93,6 +93,7 @@ def test_an_end_below_what_was_received() -> None:
 
 
 def test_more_than_the_credit() -> None:
+    """R-7-5."""
     stream = RecvStream(2, 100)
     stream.insert(90, DATA[:10], False)
     with pytest.raises(FlowError):
@@ -100,7 +101,7 @@ def test_more_than_the_credit() -> None:
 
 
 def test_gaps_are_limited() -> None:
-    """Promise (2) and fault 30: one byte here, one byte there."""
+    """Promise (2) and fault 30: one byte here, one byte there (R-7-6)."""
     stream = RecvStream(2, 1 << 20)
     for n in range(1, MAX_GAPS + 1):
         stream.insert(2 * n, b"x", False)

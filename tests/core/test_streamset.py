@@ -44,7 +44,7 @@ def receive(found: StreamSet, stream: int, offset: int, data: bytes, fin: bool =
 
 
 def test_numbers_of_both_sides() -> None:
-    """As in QUIC: bit 0 who opened it, bit 1 direction. Stream 0 is there already."""
+    """As in QUIC: bit 0 who opened it, bit 1 direction. Stream 0 is there already (R-5-3)."""
     mine, theirs = streams(), streams(dialling=False)
     assert [mine.open(16), mine.open(16), mine.open(16, bidirectional=True)] == [2, 6, 4]
     assert [theirs.open(16), theirs.open(16, bidirectional=True)] == [3, 1]
@@ -65,6 +65,7 @@ def test_the_peer_opens_streams_in_order_whatever_comes_first() -> None:
 
 
 def test_a_stream_too_many() -> None:
+    """R-7-6."""
     found = streams()
     found.receiver(3 + 4 * (MAX_STREAMS - 1))
     with pytest.raises(LimitError):
@@ -117,6 +118,7 @@ def test_our_own_limit() -> None:
 
 
 def test_control_stream_is_credited_when_read_and_outside_session_credit() -> None:
+    """R-7-2."""
     found = streams()
     receive(found, 0, 0, bytes(CONTROL_WINDOW))
     with pytest.raises(FlowError):
@@ -141,6 +143,7 @@ def test_reading_a_lane_gives_no_credit_taking_does() -> None:
 
 
 def test_session_credit_covers_all_lanes_and_follows_what_is_taken() -> None:
+    """R-7-1."""
     found = streams()
     for stream in (3, 7, 11, 15):
         receive(found, stream, 0, bytes(STREAM_WINDOW))
@@ -179,7 +182,7 @@ def test_a_finished_stream_gives_its_growth_back() -> None:
 
 
 def test_a_lost_credit_frame_says_the_newest() -> None:
-    """Promise (2)."""
+    """Promise (2, R-6-6)."""
     found = streams()
     receive(found, 3, 0, bytes(STREAM_WINDOW))
     found.advance(3, STREAM_WINDOW // 2, 1.0, 0.1)
@@ -253,7 +256,7 @@ def test_control_goes_first() -> None:
 
 
 def test_lanes_share_by_weight() -> None:
-    """Promise (1): over any stretch, within a burst."""
+    """Promise (1): over any stretch, within a burst (R-10-3)."""
     found = streams()
     lanes = {weight: found.open(weight) for weight in (64, 32, 16, 4)}
     sent = dict.fromkeys(lanes, 0)

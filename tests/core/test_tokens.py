@@ -90,7 +90,7 @@ def test_another_keeper_cannot_read_it() -> None:
 
 @given(st.binary(max_size=120), st.integers(0, 3))
 def test_any_bytes_are_read_in_peace(data: bytes, kind: int) -> None:
-    """Promise (4)."""
+    """Promise (4, R-4-22)."""
     k = keeper()
     k.seal_node("test", "x", 0.0)
     verdict = k.read(bytes([kind]) + data, ADDR, CID, 0.0)

@@ -36,6 +36,7 @@ def test_expand(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", cases("initial_keys"))
 def test_initial_keys(case: dict[str, Any]) -> None:
+    """R-3-1."""
     made = keys.initial_keys(unhex(case["dcid"]), unhex(case["network_key"]))
     assert made.retry_key.hex() == case["retry_key"]
     for side, aead in (("client", made.client), ("server", made.server)):
@@ -44,6 +45,7 @@ def test_initial_keys(case: dict[str, Any]) -> None:
 
 
 def test_context() -> None:
+    """R-3-5."""
     case = vectors()["context"]
     found = keys.context(*(unhex(case[k]) for k in ("HC", "HS", "server_leaf", "client_leaf")))
     assert found.hex() == case["context"]
@@ -52,6 +54,7 @@ def test_context() -> None:
 
 
 def test_session_keys() -> None:
+    """R-3-3."""
     case = vectors()["session_keys"]
     made = keys.SessionKeys.derive(unhex(case["master"]), "TLS_AES_128_GCM_SHA256")
     assert made.session_id.hex() == case["session_id"]
@@ -64,6 +67,7 @@ def test_session_keys() -> None:
 
 @pytest.mark.parametrize("case", cases("whitening"))
 def test_whitening(case: dict[str, Any]) -> None:
+    """R-2-3."""
     w = keys.whitener(unhex(case["x_0"]), unhex(case["cid"]))
     assert w == int(case["w"])
     assert (int(case["pn"]) ^ w).to_bytes(8, "big").hex() == case["wire_pn"]
@@ -71,6 +75,7 @@ def test_whitening(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", cases("init_packets"))
 def test_init_packets(case: dict[str, Any]) -> None:
+    """R-2-2."""
     aead = getattr(
         keys.initial_keys(unhex(case["keys_from_dcid"]), unhex(case["network_key"])), case["direction"]
     )
@@ -91,6 +96,7 @@ def test_init_packets(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", cases("data_packets"))
 def test_data_packets(case: dict[str, Any]) -> None:
+    """R-2-2."""
     direction = keys.DirectionKeys.derive(unhex(case["x_0"]), case["suite"])
     for _ in range(case["updates"]):
         direction = direction.next()
@@ -107,6 +113,7 @@ def test_data_packets(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", cases("retry"))
 def test_retry(case: dict[str, Any]) -> None:
+    """R-4-16."""
     made = keys.initial_keys(unhex(case["odcid"]), unhex(case["network_key"]))
     assert made.retry_key.hex() == case["retry_key"]
     found = packet.parse_retry(unhex(case["packet"]))
@@ -124,6 +131,7 @@ def test_retry(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", cases("reset"))
 def test_reset(case: dict[str, Any]) -> None:
+    """R-2-9, R-8-4."""
     token = packet.reset_token(unhex(case["reset_key"]), unhex(case["cid"]))
     assert token.hex() == case["token"]
     made = packet.build_reset(token, case["provoked_by_length"], bytes(range(0xA, 0x30)))
@@ -139,6 +147,7 @@ def test_reset(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", cases("cid"))
 def test_cid(case: dict[str, Any]) -> None:
+    """R-8-1."""
     cid_key, cid = unhex(case["cid_key"]), unhex(case["cid"])
     assert packet.cid_is_ours(cid_key, case["instance"], cid) == case["ours"]
     if case["ours"]:
@@ -147,6 +156,7 @@ def test_cid(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", cases("hello"))
 def test_hello(case: dict[str, Any]) -> None:
+    """R-4-2, R-4-3."""
     blob = unhex(case["blob"])
     if not case["valid"]:
         with pytest.raises(ProtocolError):
@@ -183,6 +193,7 @@ def _plain(value: Any) -> Any:
 
 @pytest.mark.parametrize("case", cases("frames"))
 def test_frames(case: dict[str, Any]) -> None:
+    """R-5-1."""
     raw = unhex(case["bytes"])
     (frame,) = frames.decode(raw)
     names = {
@@ -202,6 +213,7 @@ def test_frames(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", cases("frames_invalid"))
 def test_invalid_frames(case: dict[str, Any]) -> None:
+    """R-5-2."""
     with pytest.raises(ProtocolError):
         frames.decode(unhex(case["bytes"]))
 

@@ -90,6 +90,7 @@ def test_a_stream_kind_is_one_of_two(kind: int) -> None:
 
 
 def test_ack_of_64_ranges_beyond_the_first_and_no_more() -> None:
+    """R-5-1."""
     ranges = [(1000 - 2 * i, 1001 - 2 * i) for i in range(66)]
     assert frames.parse_ack(frames.encode_ack(0, ranges[:65]))[1] == ranges[:65]
     with pytest.raises(IndexError):
@@ -211,6 +212,7 @@ def test_reader_reads_big_endian() -> None:
 
 
 def test_an_init_of_another_version_or_with_a_long_token_is_dropped() -> None:
+    """R-4-14."""
     good = packet.init_header(bytes(8), bytes(8), b"", 1) + bytes(40)
     packet.parse_init(good)
     with pytest.raises(PacketError, match="version"):

@@ -57,7 +57,7 @@ def test_refusal_names_the_rule() -> None:
 
 
 def test_one_denied_topic_refuses_the_whole_record() -> None:
-    """Promise (1): the prefix does not decide, so every topic is asked."""
+    """Promise (1): the prefix does not decide, so every topic is asked (R-10-31)."""
     grant = Access(RULES).grant("sensor-1")
     mixed = record(["site-a/sensor-1/t", "site-a/sensor-2/t"])
     said = refusal(grant, mixed)
@@ -70,7 +70,7 @@ def test_one_denied_topic_refuses_the_whole_record() -> None:
 
 
 def test_role_comes_from_the_register_and_may_change() -> None:
-    """Promise (3)."""
+    """Promise (3, R-4-9)."""
     roles: dict[str, str] = {}
     access = Access(RULES, role_of=roles.get)
     assert refusal(access.grant("factory7"), record(["x/y"])) is not None
@@ -92,6 +92,7 @@ def test_subscribe_needs_a_filter_within_the_grant() -> None:
 
 
 def test_speaks_for() -> None:
+    """R-10-27."""
     grant = Access(RULES, role_of=lambda node: "gateway").grant("regional")
     assert grant.may_speak_for("regional")
     assert grant.may_speak_for("edge-12")

@@ -80,7 +80,7 @@ async def test_backlog_beyond_memory_comes_from_disk(
 async def test_custody_is_told_only_when_the_hub_has_it(
     tmp_path: Path, mock_clock: trio.testing.MockClock
 ) -> None:
-    """Relay promise (2)."""
+    """Relay promise (2, R-10-36)."""
     async with World(tmp_path, seed=2) as world:
         hub = await world.hub()
         edge = await world.gateway("edge-1", hub)
@@ -103,7 +103,7 @@ async def test_custody_is_told_only_when_the_hub_has_it(
 async def test_commands_reach_an_edge_that_slept(
     tmp_path: Path, mock_clock: trio.testing.MockClock, seed: int
 ) -> None:
-    """Only its own commands go down; voids cover the numbers between, so its ranges stay few."""
+    """Only its own commands go down; voids cover the numbers between, so its ranges stay few (R-10-29)."""
     async with World(tmp_path, seed=seed, loss=0.02) as world:
         hub = await world.hub()
         edge = await world.gateway("edge-1", hub, subscribe=("cmd/edge-1/#",))
@@ -129,7 +129,7 @@ async def test_commands_reach_an_edge_that_slept(
 async def test_a_denied_record_is_voided_and_the_rest_comes_in_order(
     tmp_path: Path, mock_clock: trio.testing.MockClock
 ) -> None:
-    """The refusal names the rule; the publisher's next ones are accepted after the void."""
+    """The refusal names the rule; the publisher's next ones are accepted after the void (R-10-39)."""
     rules = (
         AccessRule(name="readers", nodes=("reader-*",), subscribe=("#",)),
         AccessRule(name="sensors", nodes=("sensor-*",), publish=("site/#",)),
@@ -186,7 +186,10 @@ async def test_a_memory_class_reaches_readers_and_no_disk(
 async def test_a_record_that_was_here_before_is_refused_as_a_loop(
     tmp_path: Path, mock_clock: trio.testing.MockClock
 ) -> None:
-    """Two keepers that are each other's upstream: nothing circles, and every message is stored once at each."""
+    """Two keepers that are each other's upstream: nothing circles, and every message is stored once at each.
+
+    R-10-16.
+    """
     async with World(tmp_path, seed=7) as world:
         hub = await world.hub()
         edge = await world.gateway("edge-1", hub, subscribe=("site/#",))

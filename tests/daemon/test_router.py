@@ -15,7 +15,10 @@ def test_built_in_classes_take_every_topic() -> None:
 
 
 def test_a_record_never_leaves_its_lane() -> None:
-    """A command's topic on the telemetry lane is telemetry: the lane was decided by its publisher's keeper."""
+    """A command's topic on the telemetry lane is telemetry: the lane was decided by its publisher's keeper.
+
+    R-10-2.
+    """
     assert Classes(BUILT_IN_CLASSES).of(3, "cmd/x/y").lane == 3
 
 

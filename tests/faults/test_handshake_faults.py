@@ -145,7 +145,7 @@ def test_fault_26_no_suite_in_common_is_refused(suites: bytes) -> None:
 
 
 def test_fault_26_nothing_is_ever_resumed() -> None:
-    """Two handshakes from one pair of contexts: both are full ones, with certificates in both directions."""
+    """Two handshakes from one pair of contexts: both are full ones, with certificates in both directions (R-4-11)."""
     own = credentials("edge-1")
     contexts = (
         make_context(TlsSettings(own), server=False),

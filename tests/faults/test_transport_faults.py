@@ -62,7 +62,7 @@ def test_fault_01_handshake_survives_loss(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", seeds(8))
 def test_fault_02_handshake_survives_corruption(seed: int) -> None:
-    """30 % of the datagrams with a flipped bit: complete, and TLS never sees damage, or it would refuse."""
+    """30 % of the datagrams with a flipped bit: complete, and TLS never sees damage, or it would refuse (R-3-2)."""
     net, hub, edge = pair(seed, delay=0.015, corrupt=0.3)
     session = edge.connect(hub)
     net.establish(session, limit=10.0)
@@ -140,7 +140,7 @@ def test_fault_06_any_one_datagram_lost(towards_hub: bool) -> None:
 def test_fault_15_amplification_before_validation(seed: int) -> None:
     """Whatever the client loses after its first datagram, it is sent at most 3 × what it sent until validated.
 
-    The NEW_TOKEN of a former session is the only way to get state without a Retry.
+    The NEW_TOKEN of a former session is the only way to get state without a Retry (R-4-20).
     """
     net, hub, edge = pair(seed)
     first = edge.connect(hub)
@@ -216,7 +216,7 @@ HELLO_SEEDS = range(10)
 @pytest.mark.parametrize("towards_hub", [True, False])
 @pytest.mark.parametrize("seed", HELLO_SEEDS)
 def test_fault_23_edited_hello_never_confirms(towards_hub: bool, seed: int) -> None:
-    """A man in the middle with the network key edits a byte of a hello and seals the INIT again."""
+    """A man in the middle with the network key edits a byte of a hello and seals the INIT again (R-3-5)."""
     from tests.faults.middle import HelloEditor
 
     net, hub, edge = pair(seed)
@@ -233,7 +233,7 @@ def test_fault_23_edited_hello_never_confirms(towards_hub: bool, seed: int) -> N
 
 @pytest.mark.parametrize("flaw", [f for f in Flaw if f not in (Flaw.NONE, Flaw.SERVER_ONLY)])
 def test_fault_24_flawed_listener(flaw: Flaw) -> None:
-    """A listener with a certificate that is not good for it: refused, nobody says "connected"."""
+    """A listener with a certificate that is not good for it: refused, nobody says "connected" (R-4-7)."""
     net = Network(1)
     hub, edge = net.listener(flaw=flaw), net.dialler()
     _must_be_refused(net, hub, edge)
@@ -241,7 +241,7 @@ def test_fault_24_flawed_listener(flaw: Flaw) -> None:
 
 @pytest.mark.parametrize("flaw", [f for f in Flaw if f not in (Flaw.NONE, Flaw.CLIENT_ONLY)])
 def test_fault_24_flawed_dialler(flaw: Flaw) -> None:
-    """The same on the dialling side; the listener says why to its owner."""
+    """The same on the dialling side; the listener says why to its owner (R-4-7)."""
     net = Network(1)
     hub, edge = net.listener(), net.dialler(flaw=flaw)
     _must_be_refused(net, hub, edge)
@@ -250,7 +250,7 @@ def test_fault_24_flawed_dialler(flaw: Flaw) -> None:
 
 
 def test_fault_24_other_node_than_expected() -> None:
-    """Any gateway has a good certificate; only the one that was meant may answer."""
+    """Any gateway has a good certificate; only the one that was meant may answer (R-4-8)."""
     net = Network(1)
     other, edge = net.listener("gateway-7"), net.dialler()
     assert not _must_be_refused(net, other, edge, node="hub-1").by_peer
@@ -305,7 +305,7 @@ def test_fault_58_token_from_another_address(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", seeds(4, 400))
 def test_fault_63_stalled_lanes_do_not_stop_receipts(seed: int) -> None:
-    """Two lanes each way stand still for want of credit; stream 0 flows both ways; then all moves on."""
+    """Two lanes each way stand still for want of credit; stream 0 flows both ways; then all moves on (R-7-2)."""
     net, hub, edge = pair(seed, loss=0.05)
     session = edge.connect(hub)
     peer = net.establish(session)

@@ -131,6 +131,7 @@ def test_fault_30_unread_bytes_are_bounded_by_credit() -> None:
     ids=["window", "window by reset", "streams", "acks ahead of us"],
 )
 def test_fault_30_lies(said: frames.Frame, code: ErrorCode) -> None:
+    """R-7-5."""
     villain = Villain()
     villain.attack(iter([villain.packet(said)]))
     villain.must_end(code)

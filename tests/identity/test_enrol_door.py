@@ -136,6 +136,7 @@ async def test_a_port_that_is_taken_is_named(site: Site) -> None:
 
 
 async def test_requests_that_make_no_sense(site: Site) -> None:
+    """R-11-8."""
     cases = [
         ("/v1/enrol", b"not json"),
         ("/v1/enrol", b"[]"),
@@ -255,6 +256,7 @@ def shared_issuer(directory: Path) -> Issuer:
 
 
 async def test_five_wrong_tries_a_minute(site: Site, tmp_path: Path) -> None:
+    """R-11-8."""
     body = json.dumps({"token": "stpj1.x", "name": "n", "csr": "", "kind": "device"}).encode()
     for _ in range(TRIES_PER_MINUTE):
         assert (await post(site, "/v1/enrol", body))[0] == 400

@@ -39,6 +39,7 @@ async def failing(function: object, *args: object, **options: object) -> EnrolEr
 
 
 async def test_a_gateway_joins(site: Site, tmp_path: Path) -> None:
+    """R-11-6."""
     made = site.tokens.create("gateway", 1, HOUR, ["site-a"])
     addresses = setup.Addresses(udp="127.0.0.1:9001")
     done = await in_thread(
@@ -103,7 +104,7 @@ async def test_default_place_of_a_device(site: Site, tmp_path: Path, monkeypatch
 async def test_fault_61_join_by_a_clock_that_is_far_off(
     nursery: trio.Nursery, tmp_path: Path, years: int
 ) -> None:
-    """Our clock is 30 years from the hub's, either way: nothing of the hub's is valid here, and we join."""
+    """Our clock is 30 years from the hub's, either way: nothing of the hub's is valid here, and we join (R-11-7)."""
     there = Clock()
     there.now += years * 365.25 * 86400
     site = await Site.make(tmp_path / "hub", nursery, there).open()
@@ -256,7 +257,7 @@ async def test_renewal_through_a_gateway(site: Site, tmp_path: Path) -> None:
 
 
 async def test_renewal_after_a_lapse(site: Site, tmp_path: Path) -> None:
-    """issuing (3): up to one lifetime after notAfter, and not a second longer."""
+    """issuing (3): up to one lifetime after notAfter, and not a second longer (R-11-6)."""
     before = await joined(site, tmp_path / "d.pem")
     site.clock.now = before.not_after.timestamp() + RENEWAL_GRACE
     after = await in_thread(renew_file, tmp_path / "d.pem", site.host)

@@ -148,7 +148,7 @@ def test_answers_that_are_none(authority: CertificateAuthority, answer: bytes, c
 
 
 async def test_a_token_goes_to_nobody_else(site: Site, nursery: trio.Nursery, tmp_path: Path) -> None:
-    """(1): a hub with the same names and another CA sees no byte of it."""
+    """(1): a hub with the same names and another CA sees no byte of it (R-11-7)."""
     other = await Site.make(tmp_path / "other", nursery).open()
     made = site.tokens.create("device", 1, HOUR)
     with pytest.raises(EnrolError) as caught:

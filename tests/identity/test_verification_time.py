@@ -55,7 +55,7 @@ def cache(
     ],
 )
 def test_verification_time(clock: float, floor: float, synchronised: bool, expected: float) -> None:
-    """(2), (3)"""
+    """(2), (3, R-4-10)"""
     found = verification_time(clock=clock, floor=floor, synchronised=synchronised, not_after=1000.0)
     assert found.timestamp() == expected
 
@@ -100,6 +100,7 @@ def test_floor_that_cannot_be_written_holds_in_memory_and_counts(tmp_path: Path)
 
 
 def test_fault_61_both_ends_in_1970_connect(kit: Kit) -> None:
+    """R-4-10."""
     gateway, hub = (cache(kit.identity(n), 0.0, synchronised=False) for n in ("edge-1", "hub-1"))
     assert shake(gateway.tls(False), hub.tls(True)) == ("", "")
 

@@ -194,7 +194,7 @@ async def test_other_certificates_do_not_get_past_tls(tmp_path: Path, which: str
 
 
 async def test_no_certificate_no_service(tmp_path: Path) -> None:
-    """api (1)."""
+    """api (1, R-11-9)."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

@@ -33,7 +33,7 @@ def found(tmp_path: Path, text: str) -> dict[str, Problem]:
 
 
 def test_an_empty_file_is_a_gateway_with_safe_defaults(tmp_path: Path) -> None:
-    """schema (1)."""
+    """schema (1, R-11-9)."""
     config = load(write(tmp_path, ""))
     assert config.role == "gateway"
     assert config.listen.udp == ("0.0.0.0:9000",)

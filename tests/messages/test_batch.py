@@ -111,7 +111,7 @@ def test_round_trip(given_: dict[str, Any]) -> None:
 @given(messages(), st.data())
 @quick
 def test_an_excerpt_keeps_its_messages(given_: dict[str, Any], data: st.DataObject) -> None:
-    """(5), twice over."""
+    """(5), twice over (R-10-11)."""
     whole = encode_batch(**given_, **FIELDS)
     chosen = list(range(len(given_["topics"])))
     for _ in range(2):
@@ -162,7 +162,7 @@ def test_damage_under_a_good_crc_opens_or_is_corrupt(given_: dict[str, Any], dat
 @given(messages(), st.data())
 @quick
 def test_one_flipped_bit_is_always_found(given_: dict[str, Any], data: st.DataObject) -> None:
-    """(3)"""
+    """(3, R-10-7)"""
     whole = bytearray(encode_batch(**given_, **FIELDS))
     bit = data.draw(st.integers(0, 8 * len(whole) - 1))
     whole[bit // 8] ^= 1 << bit % 8
@@ -180,7 +180,7 @@ def with_frame(frame: bytes, announced: int) -> bytes:
 
 
 def test_a_bomb_is_stopped_at_what_it_announced() -> None:
-    """(2): 8 kB that hold 256 MB, announced as 8,000 bytes or as all that may be."""
+    """(2): 8 kB that hold 256 MB, announced as 8,000 bytes or as all that may be (R-10-8)."""
     bomb = zstd.compress(bytes(256_000_000))
     assert len(bomb) < 10_000
     for announced in (8_000, 1_048_576):
@@ -207,7 +207,7 @@ def test_a_frame_may_not_ask_for_a_large_window() -> None:
 
 
 def test_no_more_is_opened_than_may_be() -> None:
-    """(2): the sum counts, not only each length."""
+    """(2): the sum counts, not only each length (R-10-8)."""
     payload = bytes(MAX_MESSAGE)
     assert len(encode_batch(["a"] * 3, [payload] * 3, compress=True, **FIELDS)) < 1000
     with pytest.raises(UsageError):
@@ -219,6 +219,7 @@ def test_no_more_is_opened_than_may_be() -> None:
 
 
 def test_limits_of_a_batch() -> None:
+    """R-10-9."""
     assert len(one(payload=bytes(MAX_MESSAGE))) < MAX_BATCH
     wrong: list[dict[str, Any]] = [
         {"topics": [], "payloads": []},
@@ -282,6 +283,7 @@ def test_a_prefix_cannot_end_inside_a_level() -> None:
 
 @pytest.mark.parametrize("flag", [0x20, 0x40, 0x80])
 def test_reserved_flags_are_corrupt(flag: int) -> None:
+    """R-10-10."""
     batch = bytearray(one())
     batch[5] |= flag
     for read in (read_batch_head, open_batch):
@@ -305,6 +307,7 @@ def test_reserved_flags_are_corrupt(flag: int) -> None:
     ],
 )
 def test_bad_properties(blob: bytes) -> None:
+    """R-10-12."""
     with pytest.raises(CorruptError):
         Properties.decode(blob)
 

@@ -119,6 +119,7 @@ def test_batch_opens_and_is_made_again(vector: dict[str, Any]) -> None:
 
 @cases("excerpts")
 def test_excerpt(vector: dict[str, Any]) -> None:
+    """R-10-11."""
     assert_opens_to(unhex(vector["bytes"]), vector)
     ours = excerpt(unhex(vector["of"]), vector["keep"])
     assert_opens_to(ours, vector, flags=vector["flags"] & ~COMPRESSED | EXCERPT)
@@ -128,6 +129,7 @@ def test_excerpt(vector: dict[str, Any]) -> None:
 
 @cases("batches_invalid")
 def test_invalid_batch(vector: dict[str, Any]) -> None:
+    """R-10-7."""
     with pytest.raises(CorruptError):
         open_batch(unhex(vector["bytes"]))
 
@@ -160,6 +162,7 @@ def test_record(vector: dict[str, Any]) -> None:
 
 
 def test_part_of_the_record_it_came_from() -> None:
+    """R-10-15."""
     named = {vector["name"]: unhex(vector["bytes"]) for vector in VECTORS["records"]}
     whole = named["data, from its first keeper: three batches, one hop"]
     part = named["part: the first and third of three batches"]
@@ -186,6 +189,7 @@ def test_regrouping_publishers_records_makes_the_keepers_record() -> None:
 
 @cases("record_next_hop")
 def test_next_hop(vector: dict[str, Any]) -> None:
+    """R-10-16."""
     before = unhex(vector["before"])
     after = forward(before, read_record(before), unhex(vector["node_id"]), vector["dwell_ds"])
     assert after.hex() == vector["after"]
@@ -193,6 +197,7 @@ def test_next_hop(vector: dict[str, Any]) -> None:
 
 @cases("records_invalid")
 def test_invalid_record(vector: dict[str, Any]) -> None:
+    """R-10-14."""
     data = unhex(vector["bytes"])
     with pytest.raises(CorruptError):
         check_batches(data, read_record(data))
@@ -261,6 +266,7 @@ def test_invalid_control_record(vector: dict[str, Any]) -> None:
 
 @cases("node_id")
 def test_node_id(vector: dict[str, Any]) -> None:
+    """R-10-13."""
     assert node_id(vector["domain"], vector["name"]).hex() == vector["id"]
 
 

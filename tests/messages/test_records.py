@@ -138,7 +138,7 @@ def test_any_bytes_read_or_are_corrupt(data: bytes) -> None:
 @given(records, st.data())
 @quick
 def test_one_flipped_bit_before_the_trailer_is_found(record: bytes, data: st.DataObject) -> None:
-    """(2)"""
+    """(2, R-10-14)"""
     bad = bytearray(record)
     bit = data.draw(st.integers(0, 8 * read_record(record).body_end - 1))
     bad[bit // 8] ^= 1 << bit % 8
@@ -200,7 +200,7 @@ def test_a_head_that_lies_is_corrupt(changed: dict[str, Any]) -> None:
 
 
 def test_a_prefix_inside_a_level_is_corrupt() -> None:
-    """(4): a rule for the topic 'a' must not let 'a/b' through."""
+    """(4): a rule for the topic 'a' must not let 'a/b' through (R-10-15)."""
     body = bytearray(batch("a/b", "a/c"))
     assert body[52:56] == b"\x00\x02a/"
     body[52:56] = b"\x00\x01a"
@@ -220,6 +220,7 @@ def test_a_prefix_that_is_no_text_is_corrupt() -> None:
 
 
 def test_limits_of_a_record() -> None:
+    """R-10-9."""
     large = batch("a", payload=bytes(1_048_576))
     record = encode_record(4, SOURCE, 1, [large], hops=[bytes([n]) * 16 for n in range(8)])
     assert read_record(record).size <= MAX_RECORD + MAX_TRAILER
@@ -248,7 +249,7 @@ def test_limits_of_a_record() -> None:
 @given(records, sources, st.integers(0, MAX_AGE_DS))
 @quick
 def test_forward_adds_one_hop_and_touches_nothing_else(record: bytes, node: bytes, dwell_ds: int) -> None:
-    """(3)"""
+    """(3, R-10-16)"""
     head = read_record(record)
     if loops(head, node):
         with pytest.raises(UsageError):
@@ -271,7 +272,7 @@ def test_a_full_list_of_hops_is_a_loop() -> None:
 @given(st.lists(batches, min_size=1, max_size=5), st.data())
 @quick
 def test_a_part_holds_whole_batches(inside: list[bytes], data: st.DataObject) -> None:
-    """(3)"""
+    """(3, R-10-29)"""
     record = encode_record(3, SOURCE, 8, inside, hops=[HOP], age_ds=70)
     keep = data.draw(st.sets(st.integers(0, len(inside) - 1), min_size=1).map(sorted))
     part = part_of(record, read_record(record), keep)

@@ -43,7 +43,7 @@ def test_good_topics(topic: str) -> None:
     "topic", ["", "a/+", "#", "a#b", "a\0b", "x" * (MAX_TOPIC + 1), "é" * (MAX_TOPIC // 2 + 1), "\ud800"]
 )
 def test_bad_topics(topic: str) -> None:
-    """(1)"""
+    """(1, R-10-1)"""
     with pytest.raises(TopicError):
         check_topic(topic)
 
@@ -74,7 +74,7 @@ def test_a_set_matches_what_any_filter_matches(chosen: list[str], topic: str) ->
 @given(filters, st.lists(topics, min_size=1, max_size=6))
 @quick
 def test_a_decision_holds_for_every_topic(filter: str, chosen: list[str]) -> None:
-    """(3)"""
+    """(3, R-10-30)"""
     prefix = common_prefix(chosen)
     answer = prefix_decides(filter, prefix)
     found = {matches(filter, topic) for topic in chosen}
@@ -109,7 +109,7 @@ def test_a_whole_topic_is_always_decided(filter: str, topic: str) -> None:
 
 
 def test_no_leading_wildcard_reaches_dollar_topics() -> None:
-    """(2)"""
+    """(2, R-10-1)"""
     for filter in ("#", "+/a", "+/#", "+"):
         assert not matches(filter, "$sys/a")
         assert not matches(filter, "$sys")
@@ -136,6 +136,7 @@ def test_an_empty_set_is_false_and_matches_nothing() -> None:
 @given(st.lists(topics, max_size=8))
 @quick
 def test_common_prefix(chosen: list[str]) -> None:
+    """R-10-5."""
     prefix = common_prefix(chosen)
     assert all(topic.startswith(prefix) for topic in chosen)
     if len(set(chosen)) == 1:

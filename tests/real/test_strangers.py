@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.real]
 
 
 def test_fault_17_random_and_truncated_datagrams_draw_no_answer_and_no_log_line(tmp_path: Path) -> None:
+    """R-2-7."""
     with Fleet(tmp_path) as fleet, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
         hub = fleet.hub()
         hub.start()

@@ -39,6 +39,7 @@ def head_of(stored: Stored) -> RecordHead:
 
 
 async def test_an_adopted_record_gets_our_source_and_the_next_number(store: SqliteStore, desk: Desk) -> None:
+    """R-10-18."""
     for n in (1, 2, 3):
         assert await desk.kinds(published(new_source(), n)) == [STORED]
     rows = await everything(store)
@@ -51,7 +52,7 @@ async def test_an_adopted_record_gets_our_source_and_the_next_number(store: Sqli
 
 
 async def test_one_commit_groups_what_publishers_sent(store: SqliteStore, desk: Desk) -> None:
-    """Also: their batches stay byte for byte, in the order they came."""
+    """Also: their batches stay byte for byte, in the order they came (R-10-18)."""
     sources = [new_source() for _ in range(20)]
     records = [published(source, 1, payload=b"%d" % n) for n, source in enumerate(sources)]
     outcomes = await desk.ask(*records)
@@ -83,6 +84,7 @@ def group_commit(store: SqliteStore, records: list[bytes], peers: list[str] | No
 
 
 async def test_the_greatest_age_goes_with_the_group(store: SqliteStore) -> None:
+    """R-10-18."""
     group = group_commit(store, [published(new_source(), 1, age_ds=age) for age in (3, 70, 5)])
     assert [head_of(one).age_ds for one in group.stored] == [70]
 
@@ -111,6 +113,7 @@ async def test_a_group_names_its_peer_only_if_there_is_one(store: SqliteStore) -
 
 
 async def test_a_publishers_repeat_is_stored_once(store: SqliteStore, desk: Desk) -> None:
+    """R-10-21."""
     source = new_source()
     first, second = published(source, 1), published(source, 2)
     assert await desk.kinds(first, second) == [STORED, STORED]
@@ -129,12 +132,14 @@ async def test_a_repeat_within_one_commit_points_at_what_it_repeats(store: Sqlit
 
 
 async def test_highest_is_per_source_and_lane(desk: Desk) -> None:
+    """R-10-18."""
     source, other = new_source(), new_source()
     records = [published(source, 5), published(source, 5, lane=2), published(other, 5), published(source, 4)]
     assert await desk.kinds(*records) == [STORED, STORED, STORED, REPEAT]
 
 
 async def test_a_publishers_void_only_moves_the_highest(store: SqliteStore, desk: Desk) -> None:
+    """R-10-18."""
     source = new_source()
     void = voided(source, 1, 7, hops=())
     answers = await desk.ask(void, void, published(source, 7), published(source, 8))
@@ -153,6 +158,7 @@ async def test_numbers_of_64_bits_are_remembered(desk: Desk) -> None:
 
 
 async def test_what_is_remembered_outlives_a_restart(tmp_path: Path) -> None:
+    """R-10-20."""
     source, keeper = new_source(), new_source()
     top = (1 << 64) - 1
     async with await open_store(tmp_path) as store:
@@ -193,6 +199,7 @@ async def test_crcs_of_a_publishers_last_records_are_remembered(desk: Desk) -> N
 
 
 async def test_another_keepers_record_goes_in_verbatim(store: SqliteStore, desk: Desk) -> None:
+    """R-10-20."""
     source = new_source()
     records = [kept(source, 1, messages=3), kept(source, 2, kind=PART), voided(source, 3, 9)]
     answers = await desk.ask(*records)
@@ -211,6 +218,7 @@ async def test_another_keepers_record_goes_in_verbatim(store: SqliteStore, desk:
 
 
 async def test_numbers_of_a_keeper_may_come_in_any_order_once(desk: Desk) -> None:
+    """R-10-21."""
     source = new_source()
     for number in (5, 1, 3, 2, 4):
         assert await desk.kinds(kept(source, number)) == [STORED]
@@ -231,7 +239,10 @@ async def test_a_void_is_a_repeat_only_where_all_of_it_is_known(desk: Desk) -> N
 
 @pytest.mark.parametrize("reopened", [False, True])
 async def test_fault_54_same_number_other_bytes_is_a_conflict(tmp_path: Path, reopened: bool) -> None:
-    """Row 54: never a receipt, never stored, whatever lane's number it is; and it is counted for the alarm."""
+    """Row 54: never a receipt, never stored, whatever lane's number it is; and it is counted for the alarm.
+
+    R-10-22.
+    """
     publisher, keeper = new_source(), new_source()
     good = [published(publisher, 1), *(kept(keeper, n) for n in range(1, 40))]
     async with await open_store(tmp_path) as store:
@@ -263,6 +274,7 @@ async def test_a_conflict_within_one_commit_is_seen(desk: Desk) -> None:
 
 
 async def test_data_for_a_number_that_was_void_is_a_repeat(desk: Desk) -> None:
+    """R-10-22."""
     source = new_source()
     assert await desk.kinds(voided(source, 1, 3), kept(source, 2), kept(source, 1)) == [
         STORED,
@@ -285,6 +297,7 @@ async def test_a_trimmed_number_is_still_a_repeat_and_no_conflict(store: SqliteS
 
 
 async def test_more_holes_than_max_ranges_are_refused_not_merged(desk: Desk) -> None:
+    """R-10-24."""
     source = new_source()
     odd = [kept(source, 2 * n + 1) for n in range(MAX_RANGES)]
     assert set(await desk.kinds(*odd)) == {STORED}

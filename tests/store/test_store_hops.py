@@ -190,6 +190,7 @@ async def test_find_is_by_time(tmp_path: Path) -> None:
 async def test_nothing_leaves_before_every_cursor_has_passed(
     store: SqliteStore, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """R-10-37."""
     monkeypatch.setattr(commits, "TRIM_INTERVAL", 0.0)
     store.add_hop(UPLINK)
     store.add_hop(Hop("r", "reader", lanes=(LANE,)))
@@ -334,7 +335,7 @@ async def test_room_is_made_before_the_next_record_asks_for_it(
 
 
 async def test_readers_lose_before_the_plant_stands_still(tmp_path: Path) -> None:
-    """What is in custody above goes first when full; the ledger names what the reader lost."""
+    """What is in custody above goes first when full; the ledger names what the reader lost (R-10-36, R-10-37)."""
     async with await open_store(tmp_path, budget_bytes=MIN_BUDGET) as store:
         desk = Desk(store)
         store.add_hop(UPLINK)

@@ -141,6 +141,7 @@ async def test_a_store_belongs_to_a_node(tmp_path: Path) -> None:
 
 
 async def test_a_store_from_a_backup_numbers_under_a_new_id(tmp_path: Path) -> None:
+    """R-10-26."""
     async with await open_store(tmp_path) as store:
         former = store.store_id
         await Desk(store).ask(published(new_source(), 1))
@@ -167,6 +168,7 @@ async def test_a_budget_too_small_is_refused(tmp_path: Path) -> None:
 
 
 async def test_a_source_belongs_to_whom_introduced_it(tmp_path: Path) -> None:
+    """R-10-27."""
     source = new_source()
     async with await open_store(tmp_path) as store:
         assert store.node_of_source(source) is None
@@ -182,7 +184,7 @@ async def test_a_source_belongs_to_whom_introduced_it(tmp_path: Path) -> None:
 async def test_publishers_are_forgotten_by_running_time_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seven days after the last record, counted while we run: the wall clock may say what it likes."""
+    """Seven days after the last record, counted while we run: the wall clock may say what it likes (R-10-19)."""
     old, fresh, keeper, idle = (new_source() for _ in range(4))
     monkeypatch.setattr(commits, "FORGET_INTERVAL", 0.0)
     monkeypatch.setattr(commits, "AGE_INTERVAL", 0)

@@ -91,7 +91,7 @@ print(refused(mmap.mmap, -1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.
 
 
 def test_fault_48_a_python_callback_would_fail_here() -> None:
-    """Why no callback goes into OpenSSL: libffi cannot make one without writable code."""
+    """Why no callback goes into OpenSSL: libffi cannot make one without writable code (R-4-11)."""
     code = """
 from OpenSSL import SSL
 try:
@@ -106,6 +106,7 @@ except MemoryError:
 
 
 def test_fault_48_a_whole_handshake() -> None:
+    """R-4-11."""
     code = """
 from stp.identity import ContextCache, TimeFloor
 from tests.identity_kit import shake, shared
