@@ -29,7 +29,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.core.wire stp.core.packet stp.core.frames stp.core.crypto_stream stp.core.streams stp.core.recovery"
     " stp.core.cubic",
     "stp.core.keys stp.core.params stp.core.tokens stp.core.acks stp.core.path stp.core.resets stp.core.streamset",
-    "stp.core.handshake stp.core.packetizer",
+    "stp.core.handshake stp.core.packetizer stp.core.keepalive",
     "stp.core.events stp.core.initspace stp.core.phases",
     "stp.core.output",
     "stp.core.dataspace stp.core.states",
@@ -44,6 +44,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.link",
     # -- stp: what touches the machine, and the front doors
     "stp.carriers.udp stp.carriers.tls stp.identity stp.pinned",
+    "stp.networks",
     "stp.enrol stp.outbox stp.connection",
     "stp.dialler stp.publisher stp.subscriber",
     "stp.reader stp.requests stp.statistics",

@@ -21,7 +21,10 @@ MAX_RETIRING: Final = 200
 """RETIRE_CID frames that may wait for their acknowledgement (protocol §7)."""
 
 KEEPALIVE: Final = 25.0
-"""Seconds of silence before a PING."""
+"""Seconds of silence before a PING, where nothing is known of the network yet (keepalive.py)."""
+KEEPALIVE_LEAST: Final = 15.0
+"""Seconds: with less, an idle session would cost a megabyte a day."""
+KEEPALIVE_MOST: Final = 110.0
 LISTENER_PATIENCE: Final = 5.0
 """Seconds by which a listener waits longer, so that one side pings, not both."""
 PING_REPEAT: Final = 5.0
