@@ -70,9 +70,16 @@ def say_port(port: int) -> None:
 # -- STP
 
 
-def stp_endpoint(directory: Path, name: str, *, accept: bool, unlimited: bool = False) -> Endpoint:
-    """`unlimited`: any number of handshakes of one address, and one TLS context for all of them."""
-    lifted = dict.fromkeys(LIMITS, 1_000_000) if unlimited else {}
+def stp_endpoint(
+    directory: Path, name: str, *, accept: bool, unlimited: bool = False, congestion: str = ""
+) -> Endpoint:
+    """`unlimited`: any number of handshakes of one address, and one TLS context for all of them.
+
+    `congestion`: one of the endpoint's controllers, by default the default.
+    """
+    lifted: dict[str, Any] = dict.fromkeys(LIMITS, 1_000_000) if unlimited else {}
+    if congestion:
+        lifted["congestion"] = congestion
     identity = Identity.load(directory / f"{name}.pem")
     contexts = ContextCache(identity, TimeFloor())
     return Endpoint(

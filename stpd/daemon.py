@@ -296,6 +296,7 @@ class Daemon:
             address_rate=limits.handshakes_per_address,
             max_half_open=limits.half_open,
             address_half_open=limits.half_open_per_address,
+            congestion=self.config.transport.congestion,
         )
 
     async def _start_uplink(self, nursery: trio.Nursery) -> None:

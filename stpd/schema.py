@@ -17,6 +17,7 @@ Role = Literal["gateway", "hub"]
 Durability = Literal["sync", "memory"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["json", "text"]
+Controller = Literal["tolerant", "cubic", "newreno"]
 
 Seconds = Annotated[float, "duration"]
 """Float seconds; in a file a string with a unit: "20ms", "5s", "10m", "72h", "7d"."""
@@ -71,6 +72,14 @@ class HealthConfig:
 
     listen: str = "127.0.0.1:8080"
     """TCP address; empty: off."""
+
+
+@define(kw_only=True)
+class TransportConfig:
+    """How this node sends (protocol §6)."""
+
+    congestion: Controller = "tolerant"
+    """How much may be under way. cubic and newreno take every loss for a full queue, as their RFCs say."""
 
 
 @define(kw_only=True)
@@ -180,6 +189,7 @@ class Config:
     enrol: EnrolConfig = Factory(EnrolConfig)
     management: ManagementConfig = Factory(ManagementConfig)
     health: HealthConfig = Factory(HealthConfig)
+    transport: TransportConfig = Factory(TransportConfig)
     store: StoreConfig = Factory(StoreConfig)
     log: LogConfig = Factory(LogConfig)
     limits: LimitsConfig = Factory(LimitsConfig)

@@ -45,8 +45,8 @@ class Congestion(Protocol):
     def on_acked(self, size: int, smoothed: float, now: float) -> None:
         """`size` bytes that left after `recovery_start` arrived; 0 if the window was not in use (RFC 9002 §7.8)."""
 
-    def on_congestion(self, sent_at: float, now: float) -> None:
-        """Something that left at `sent_at` was lost, the newest of what is known by now."""
+    def on_congestion(self, sent_at: float, now: float, size: int = 0) -> None:
+        """`size` bytes that left after `recovery_start` were lost; the newest of what was lost left at `sent_at`."""
 
     def on_persistent_congestion(self) -> None:
         """Nothing arrived for so long that all is to be found out again (RFC 9002 §7.6)."""
@@ -85,7 +85,7 @@ class NewReno:
         else:
             self.cwnd += self._packet * size // self.cwnd
 
-    def on_congestion(self, sent_at: float, now: float) -> None:
+    def on_congestion(self, sent_at: float, now: float, size: int = 0) -> None:
         """One reduction per round trip (RFC 9002 §7.3.2)."""
         if sent_at <= self.recovery_start:
             return

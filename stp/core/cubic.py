@@ -34,6 +34,11 @@ CSS_ROUNDS: Final = 5
 """RFC 9406 §4.3; L, the limit for unpaced senders, is infinite here."""
 
 
+def rtt_thresh(rtt: float) -> float:
+    """Seconds above `rtt` that are a queue (RFC 9406 §4.2)."""
+    return max(MIN_RTT_THRESH, min(rtt / MIN_RTT_DIVISOR, MAX_RTT_THRESH))
+
+
 class HyStart:
     """HyStart++ (RFC 9406 §4.2): a round trip that grows tells that the queue does, before it overflows.
 
@@ -70,8 +75,7 @@ class HyStart:
                     self.css = False
             else:
                 last = self._last_round_min_rtt
-                thresh = max(MIN_RTT_THRESH, min(last / MIN_RTT_DIVISOR, MAX_RTT_THRESH))
-                if current >= last + thresh:
+                if current >= last + rtt_thresh(last):
                     self.css = True
                     self._css_baseline_min_rtt = current
                     self._css_rounds = 0
@@ -162,7 +166,7 @@ class Cubic:
     def _W_cubic(self, t: float) -> float:  # noqa: N802
         return C * (t - self._K) ** 3 + self._W_max
 
-    def on_congestion(self, sent_at: float, now: float) -> None:
+    def on_congestion(self, sent_at: float, now: float, size: int = 0) -> None:
         """§4.6, §4.7."""
         if sent_at <= self.recovery_start:
             return

@@ -44,8 +44,13 @@ from stp.core.resets import Resetter
 from stp.core.session import Session
 from stp.core.states import Agenda, SessionContext, State
 from stp.core.tokens import BAD_RETRY, NodeToken, RetryToken, TokenKeeper
+from stp.core.tolerant import Tolerant
 
-CONTROLLERS: Final[dict[str, Callable[[int], Congestion]]] = {"cubic": Cubic, "newreno": NewReno}
+CONTROLLERS: Final[dict[str, Callable[[int], Congestion]]] = {
+    "tolerant": Tolerant,
+    "cubic": Cubic,
+    "newreno": NewReno,
+}
 """By the names that EndpointConfig.congestion may have."""
 WINDOW_BUDGET: Final = 256 * 1024 * 1024
 """Bytes by which the windows of all sessions may grow together."""
@@ -72,7 +77,7 @@ class EndpointConfig:
     authorise: Callable[[PeerIdentity], str | None] = allow
     random_bytes: Callable[[int], bytes]
     on_refused: Callable[[Any, PeerIdentity | None, str], None] | None = None
-    congestion: str = "cubic"
+    congestion: str = "tolerant"
     """Which controller new sessions have, one of CONTROLLERS."""
     max_datagram: int = 1472
     """Bytes of UDP payload that we are ready to receive."""

@@ -290,7 +290,8 @@ class Recovery:
         delay = self.rtt.loss_delay()
         largest = self.largest_acked
         keep: list[Sent] = []
-        looked = lost = 0
+        looked = lost = unknown = 0
+        start = self.congestion.recovery_start
         oldest = latest = newest = -1.0
         for sent in self.sent:
             if sent.first > largest:
@@ -304,7 +305,10 @@ class Recovery:
             bits = sent.left & ((1 << min(max(below, 0), sent.count)) - 1)
             if bits:
                 sent.left ^= bits
-                lost += sent.tell(bits, acked=False)
+                size = sent.tell(bits, acked=False)
+                lost += size
+                if sent.time > start:
+                    unknown += size
                 self.lost_packets += bits.bit_count()
                 newest = sent.time
                 if after < sent.time < before:
@@ -316,7 +320,7 @@ class Recovery:
         if not lost:
             return
         self.in_flight -= lost
-        self.congestion.on_congestion(newest, now)
+        self.congestion.on_congestion(newest, now, unknown)
         if self.rtt.sampled and latest - oldest > self.rtt.pto() * K_PERSISTENT_CONGESTION_THRESHOLD:
             self.congestion.on_persistent_congestion()
 

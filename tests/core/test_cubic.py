@@ -336,6 +336,6 @@ def test_the_choice_is_the_endpoints() -> None:
     assert session._data is not None
     assert peer._data is not None
     assert type(session._data.recovery.congestion) is CONTROLLERS["newreno"]
-    assert type(peer._data.recovery.congestion) is CONTROLLERS["cubic"]
-    with pytest.raises(UsageError, match="cubic, newreno"):
+    assert type(peer._data.recovery.congestion) is CONTROLLERS["tolerant"]
+    with pytest.raises(UsageError, match="tolerant, cubic, newreno"):
         net.dialler("edge-2", congestion="vegas")

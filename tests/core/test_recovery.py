@@ -245,6 +245,30 @@ def test_only_what_left_after_the_reduction_grows_the_window() -> None:
     assert rec.congestion.cwnd == 6000 + 1200 * 6100 // 6000
 
 
+class Listener(NewReno):
+    """Writes down what it hears of losses."""
+
+    def __init__(self) -> None:
+        super().__init__(1200)
+        self.heard: list[tuple[float, int]] = []
+
+    def on_congestion(self, sent_at: float, now: float, size: int = 0) -> None:
+        self.heard.append((sent_at, size))
+        super().on_congestion(sent_at, now, size)
+
+
+def test_a_controller_hears_how_much_of_what_left_since_the_reduction_was_lost() -> None:
+    rec, owner = Recovery(RttEstimator(0.05), listener := Listener()), Owner()
+    for n in range(4):
+        send(rec, owner, n, 1.0 + 0.01 * n)
+    rec.on_ack([(3, 4)], 0.0, 1.05)  # packet 0 is lost; reduced at 1.05
+    send(rec, owner, 4, 1.06, size=300)
+    for n in range(5, 9):
+        send(rec, owner, n, 1.06)
+    rec.on_ack([(7, 8), (3, 4)], 0.0, 1.11)  # 1 and 2 of before, 4 and, by time, none else
+    assert listener.heard == [(1.0, 100), (1.06, 300)]
+
+
 @pytest.mark.parametrize(("seconds", "collapses"), [(1.0, True), (0.3, False)])
 def test_persistent_congestion(seconds: float, collapses: bool) -> None:
     """RFC 9002 §7.6: everything lost over three PTOs."""

@@ -1,11 +1,11 @@
-"""Fault matrix, rows 7 and 8: goodput and fairness on a slow link, simulated (level L1). Long ones with `-m many`.
+"""Fault matrix, rows 7, 8 and 9: goodput and fairness on a slow link, simulated (level L1). Long ones with `-m many`.
 
 The link passes 10 Mbit/s through a queue of 25 packets.
 
-What loss alone allows is known: a window that falls to β at each loss and grows by a packet per round trip as Reno's
-does, or as CUBIC's in its Reno-friendly region, is √(1.5 / p) packets on average (RFC 9438 §4.3), so 8.7 packets a
-round trip at p = 2 %, whatever the link could carry: 25 % of this one at 30 ms. The promise of 60 % at 2 % therefore
-holds up to 10 ms; beyond that these tests ask for nearly all that the law gives.
+What loss alone allows a controller that takes every loss for a full queue is known: a window that falls to β at each
+loss and grows by a packet per round trip as Reno's does, or as CUBIC's in its Reno-friendly region, is √(1.5 / p)
+packets on average (RFC 9438 §4.3), so 8.7 packets a round trip at p = 2 %, whatever the link could carry: 25 % of
+this one at 30 ms. Of CUBIC these tests ask for nearly all that the law gives, of the default for the link.
 """
 
 from __future__ import annotations
@@ -47,14 +47,18 @@ class Flow:
         return self.hub.received_length(self.peer, self.lane)
 
 
-def goodput(seed: int, rtt: float, loss: float, size: int, *, corrupt: float = 0.0) -> float:
+def goodput(
+    seed: int, rtt: float, loss: float, size: int, *, congestion: str = "tolerant", **conditions: float
+) -> float:
     """The share of the link that the bytes of a transfer took."""
     net = Network(seed, delay=rtt / 2)
     net.keep_log = False
-    hub, edge = net.listener(), net.dialler()
+    hub, edge = net.listener(), net.dialler(congestion=congestion)
     flow = Flow(net, hub, edge, size)
     for link in net.both(edge, hub):
-        link.bandwidth, link.loss, link.corrupt = BANDWIDTH, loss, corrupt
+        link.bandwidth, link.loss = BANDWIDTH, loss
+        for name, value in conditions.items():
+            setattr(link, name, value)
 
     def done() -> bool:
         flow.feed()
@@ -72,24 +76,31 @@ def by_the_law(rtt: float, loss: float) -> float:
     return min(1.0, sqrt(1.5 / loss) * PIECE / rtt / BANDWIDTH)
 
 
-def mean_goodput(seeds: range, rtt: float, loss: float, size: int, *, corrupt: float = 0.0) -> float:
-    return sum(goodput(seed, rtt, loss, size, corrupt=corrupt) for seed in seeds) / len(seeds)
+def mean_goodput(seeds: range, rtt: float, loss: float, size: int, congestion: str) -> float:
+    return sum(goodput(seed, rtt, loss, size, congestion=congestion) for seed in seeds) / len(seeds)
 
 
-@pytest.mark.parametrize("rtt", [0.005, 0.01])
+@pytest.mark.parametrize("rtt", [0.005, 0.03])
 def test_fault_07_goodput_at_two_percent_loss(rtt: float) -> None:
     assert goodput(7, rtt, 0.02, 2 * MIB) >= 0.6
 
 
-def test_fault_07_goodput_at_two_percent_corruption() -> None:
+@pytest.mark.parametrize("rtt", [0.01, 0.03])
+def test_fault_07_goodput_at_two_percent_corruption(rtt: float) -> None:
     """A packet that does not open is a lost one."""
-    assert goodput(7, 0.01, 0.0, 2 * MIB, corrupt=0.02) >= 0.6
+    assert goodput(7, rtt, 0.0, 2 * MIB, corrupt=0.02) >= 0.6
+
+
+def test_fault_07_goodput_at_ten_percent_loss() -> None:
+    """The response is in proportion: twice what CUBIC has, and far from ignoring it."""
+    found = goodput(7, 0.03, 0.1, MIB)
+    assert 2 * goodput(7, 0.03, 0.1, MIB, congestion="cubic") <= found <= 0.4
 
 
 @pytest.mark.parametrize(("rtt", "loss"), [(0.03, 0.02), (0.06, 0.005)])
-def test_fault_07_goodput_at_loss_is_what_the_law_gives(rtt: float, loss: float) -> None:
+def test_fault_07_cubic_has_what_the_law_gives(rtt: float, loss: float) -> None:
     """No stall, no reduction too many: at least five sixths of what the law gives."""
-    assert goodput(7, rtt, loss, 2 * MIB) >= by_the_law(rtt, loss) * 5 / 6
+    assert goodput(7, rtt, loss, 2 * MIB, congestion="cubic") >= by_the_law(rtt, loss) * 5 / 6
 
 
 @pytest.mark.many
@@ -97,7 +108,44 @@ def test_fault_07_goodput_at_loss_is_what_the_law_gives(rtt: float, loss: float)
 @pytest.mark.parametrize("rtt", [0.005, 0.01, 0.03, 0.06, 0.1])
 def test_fault_07_goodput_over_many_seeds(rtt: float, loss: float) -> None:
     wanted = min(by_the_law(rtt, loss) * 5 / 6, 0.7)
-    assert mean_goodput(range(10), rtt, loss, 4 * MIB) >= wanted
+    assert mean_goodput(range(10), rtt, loss, 4 * MIB, "cubic") >= wanted
+    if rtt <= 0.03:
+        assert mean_goodput(range(10), rtt, loss, 4 * MIB, "tolerant") >= 0.7
+
+
+@pytest.mark.slow
+def test_fault_09_black_holes() -> None:
+    """The link is there for 5 s and away for 2 s, again and again: everything arrives in one session, and bytes move
+    again within 2 s of each return.
+    """
+    net = Network(9, delay=0.015)
+    net.keep_log = False
+    hub, edge = net.listener(), net.dialler()
+    flow = Flow(net, hub, edge, 10 * MIB)
+    links = net.both(edge, hub)
+    began, stalls = net.now, []
+    seen, moved, returned = 0, net.now, 0.0
+
+    def done() -> bool:
+        nonlocal seen, moved, returned
+        flow.feed()
+        into = (net.now - began) % 7.0
+        away = into >= 5.0
+        if links[0].loss and not away:
+            returned = net.now
+        for link in links:
+            link.bandwidth, link.loss = BANDWIDTH, float(away)
+        if flow.received() > seen:
+            if returned > moved:
+                stalls.append(net.now - returned)
+            seen, moved = flow.received(), net.now
+        return seen == flow.total
+
+    net.run(done, limit=40.0)
+    assert stalls
+    assert max(stalls) <= 2.0
+    assert hub.connected() == [flow.peer]
+    assert flow.session.live
 
 
 @pytest.mark.parametrize("rtt", [0.005, 0.03])
@@ -110,9 +158,17 @@ def test_fault_08_goodput_on_a_clean_link_10_mib() -> None:
     assert goodput(8, 0.03, 0.0, 10 * MIB) >= 0.85
 
 
-def shares(seed: int, controllers: tuple[str, ...], seconds: float, *, stagger: float = 1.0) -> list[float]:
+def shares(
+    seed: int,
+    controllers: tuple[str, ...],
+    seconds: float,
+    *,
+    stagger: float = 1.0,
+    queue: int = 25,
+    rtt: float = 0.03,
+) -> list[float]:
     """What each of several flows got of the link in the last `seconds`; they start `stagger` seconds apart."""
-    net = Network(seed, delay=0.015, jitter=0.0005)
+    net = Network(seed, delay=rtt / 2, jitter=0.0005, queue=queue)
     net.keep_log = False
     hub = net.listener()
     edges = [net.dialler(f"edge-{n + 1}", congestion=name) for n, name in enumerate(controllers)]
@@ -138,24 +194,39 @@ def shares(seed: int, controllers: tuple[str, ...], seconds: float, *, stagger: 
     return [(flow.received() - old) / seconds / BANDWIDTH for flow, old in zip(flows, before, strict=True)]
 
 
-def test_fault_08_two_flows_share_a_link() -> None:
-    """The later one gets its half, within a factor of two; together they fill the link."""
-    found = shares(8, ("cubic", "cubic"), 3.0)
+@pytest.mark.parametrize("controllers", [("tolerant",) * 2, ("tolerant", "cubic"), ("cubic", "tolerant")])
+def test_fault_08_two_flows_share_a_link(controllers: tuple[str, ...]) -> None:
+    """The later one gets its half, within a factor of two; together they fill the link. CUBIC stands for TCP."""
+    found = shares(8, controllers, 3.0)
     assert max(found) <= 2 * min(found)
     assert sum(found) >= 0.85
 
 
-@pytest.mark.parametrize("controllers", [("cubic", "newreno"), ("newreno", "cubic")])
+@pytest.mark.slow
+def test_fault_08_a_short_queue_is_known_by_its_peaks() -> None:
+    """Five packets: 5 ms, less than RFC 9406 takes for a queue at 100 ms."""
+    found = shares(8, ("cubic", "tolerant"), 8.0, queue=5, rtt=0.1)
+    assert max(found) <= 2 * min(found)
+
+
+@pytest.mark.parametrize("controllers", [("tolerant", "newreno"), ("newreno", "cubic")])
 def test_fault_08_cubic_and_newreno_share_a_link(controllers: tuple[str, str]) -> None:
     found = shares(8, controllers, 3.0)
     assert max(found) <= 2.5 * min(found)
     assert sum(found) >= 0.85
 
 
-@pytest.mark.many
-@pytest.mark.parametrize(
-    "controllers", [("cubic",) * 2, ("cubic",) * 4, ("cubic", "newreno"), ("newreno", "cubic")]
+MIXES = (
+    ("tolerant",) * 2,
+    ("tolerant",) * 4,
+    ("tolerant", "cubic") * 2,
+    ("cubic", "tolerant"),
+    ("tolerant", "newreno"),
 )
+
+
+@pytest.mark.many
+@pytest.mark.parametrize("controllers", MIXES)
 def test_fault_08_flows_share_a_link_for_long(controllers: tuple[str, ...]) -> None:
     for seed in range(5):
         found = shares(seed, controllers, 30.0)
