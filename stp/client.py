@@ -155,7 +155,7 @@ class Client:
             run=time.time_ns() // 1_000_000,
             rehandshake=rehandshake,
         )
-        source = os.urandom(16)
+        source = os.urandom(16)  # R-10-34
         self._publisher = Publisher(
             source=source,
             publisher=node_id(identity.domain, identity.node),

@@ -3,7 +3,7 @@
 Plain blocking code, for command lines and for worker threads.
 
 (1) Nothing is sent before the server's chain has been found to end in the anchor asked for.
-(2) Validity dates are ignored: the clock here may say 1970. Signatures, purposes (EKU) and names count.
+(2) Validity dates are ignored: the clock here may say 1970. Signatures, purposes (EKU) and names count (R-11-7).
 (3) Whatever goes wrong is an EnrolError, and one deadline holds for all of an exchange but the name service.
 """
 

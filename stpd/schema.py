@@ -58,7 +58,7 @@ class EnrolConfig:
 
 @define(kw_only=True)
 class ManagementConfig:
-    """The management API for operators: HTTPS with a client certificate (protocol §11)."""
+    """The management API for operators: HTTPS with a client certificate (R-11-9)."""
 
     listen: str = "127.0.0.1:9443"
     """TCP address; empty: off."""

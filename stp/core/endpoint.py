@@ -338,7 +338,7 @@ class Endpoint:
             self._counts.dropped_bad_retry += 1
 
     def _receive_first(self, received: InitPacket, addr: Any, now: float) -> None:
-        """An INIT of nobody we know: Retry, silence, or state. Raises PacketError."""
+        """An INIT of nobody we know: Retry, silence, or state. Raises PacketError (R-4-26)."""
         first = open_first(received, self._config.network_keys)
         verdict = self._tokens.read(received.token, addr, received.dcid, now)
         if verdict is BAD_RETRY:

@@ -108,7 +108,7 @@ def _refused_by_peer(close: frames.Close) -> HandshakeRefused:
 
 
 class InitHandshake:
-    """What both sides share: packet numbers, ACKs, CRYPTO, PTO, refusal. Made through its two subclasses."""
+    """What both sides share: packet numbers, ACKs, CRYPTO, PTO, refusal. Made through its two subclasses (R-4-21)."""
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ BASE_DATAGRAM: Final = 1200
 ACTIVE_CIDS: Final = 4
 EXTRA_CIDS: Final = ACTIVE_CIDS - 1
 MAX_RETIRING: Final = 200
-"""RETIRE_CID frames that may wait for their acknowledgement (protocol §7)."""
+"""RETIRE_CID frames that may wait for their acknowledgement (protocol §7, R-7-6)."""
 
 KEEPALIVE: Final = 25.0
 """Seconds of silence before a PING, where nothing is known of the network yet (keepalive.py)."""
@@ -52,7 +52,7 @@ class Path:
 
 
 class LocalCids:
-    """CIDs that we issued: the peer puts them on its packets. Owns NEW_CID."""
+    """CIDs that we issued: the peer puts them on its packets. Owns NEW_CID (R-5-4)."""
 
     __slots__ = ("_source", "_tokens", "_unacked", "active", "next_seq", "pending")
 

@@ -35,11 +35,11 @@ from stp.core.streams import DEFAULT_WEIGHT
 from stp.core.streamset import StreamSet
 
 MAX_EARLY: Final = 16
-"""DATA packets that are kept until the peer is authorised."""
+"""DATA packets that are kept until the peer is authorised (R-4-5)."""
 MAX_EVENTS: Final = 1024
 """Unfetched events above which a session closes with LIMIT: its owner has gone or the peer floods."""
 CLOSE_PTOS: Final = 3
-"""PTOs that CLOSING and DRAINING last (protocol §9)."""
+"""PTOs that CLOSING and DRAINING last (protocol §9, R-9-6)."""
 
 
 class Session:
@@ -258,7 +258,7 @@ class Session:
         return []
 
     def receive_reset(self, token: bytes, now: float) -> bool:
-        """Whether this is our peer's reset token: it was started anew, the session is over (protocol §8)."""
+        """Whether this is our peer's reset token: it was started anew, the session is over (protocol §8, R-8-5)."""
         if self.state is not State.ESTABLISHED or self._data is None:
             return False
         if not sum(compare_digest(token, known) for known in self._data.remote_cids.tokens.values()):
@@ -433,7 +433,7 @@ class Session:
             self.receive_data(datagram, len(datagram), self._path.addr, now)
 
     def _prove(self, now: float) -> None:
-        """The peer has shown that it has our keys and, to a client, that it let us in (1)."""
+        """The peer has shown that it has our keys and, to a client, that it let us in (1, R-4-6)."""
         assert self.peer is not None
         assert self._data is not None
         self._enter(Input.PROOF)

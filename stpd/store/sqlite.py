@@ -108,7 +108,7 @@ class SqliteStore:
         eighth of the budget.
         `retention_s`: seconds that records stay after every hop has taken them (0: none, as gateways want it).
         `new_id` is for files that came from a backup: numbers given since then must not be given again, so the
-        store numbers under a new source from 1 (protocol §10). What is in the log keeps its source and number.
+        store numbers under a new source from 1 (R-10-26). What is in the log keeps its source and number.
         `clock` is the wall clock. Raises StoreError, StoreInUseError or StoreFormatError.
         """
         reserve = reserve_bytes or min(max(budget_bytes // 8, MIN_RESERVE), MAX_RESERVE)

@@ -298,6 +298,17 @@ async def test_a_renewed_identity_is_taken_at_the_next_dial(
             assert certificate.not_after > shared().now + timedelta(days=8)
 
 
+async def test_every_start_has_a_source_of_its_own(keeper: Keeper) -> None:
+    """R-10-34."""
+    sources = set()
+    for _ in range(2):
+        async with stp.connect(keeper.url, identity=device()) as session:
+            await session.publish("event/a", b"", receipt="kept")
+            said = [peer.link.peer for peer in keeper.peers.values()]
+            sources.update(hello.store for hello in said if hello is not None)
+    assert len(sources) == 2
+
+
 async def test_what_the_block_raises_comes_out_as_it_is(keeper: Keeper) -> None:
     with pytest.raises(ZeroDivisionError):
         async with stp.connect(keeper.url, identity=device()):

@@ -12,6 +12,7 @@ from stp.core import admission, packet
 from stp.core.endpoint import MAX_ANSWERS, EndpointConfig
 from stp.core.errors import ErrorCode, UsageError
 from stp.core.events import NewToken
+from stp.core.keys import initial_keys
 from stp.core.output import Transmit
 from stp.core.session import Session
 from stp.core.states import State
@@ -102,6 +103,30 @@ def test_garbage_gets_silence() -> None:
     assert min(counts.dropped_garbage, counts.dropped_unknown_cid, counts.dropped_bad_init) > 100
     assert counts.dropped_bad_retry > 100
     assert session.state is State.ESTABLISHED
+
+
+def test_a_short_init_and_one_from_elsewhere_get_silence() -> None:
+    """R-4-13. All are well sealed, so that only size and address speak against them."""
+    net, hub, edge = pair()
+    stranger = ("203.0.113.5", 5)
+    init = packet.parse_init(first_init(net, edge, hub))
+    keys = initial_keys(init.dcid, NETWORK_KEY).client
+    plain = keys.open(init.pn, init.sealed, init.aad)
+    for size, answers in ((len(plain) - 1, 0), (len(plain), 1)):
+        hub.endpoint.receive(init.aad + keys.seal(init.pn, plain[:size], init.aad), stranger, net.now)
+        assert len(hub.endpoint.datagrams_to_send(net.now)) == answers
+
+    edge.connect(hub)
+    for sent in edge.endpoint.datagrams_to_send(net.now):
+        hub.endpoint.receive(sent.data, edge.addr, net.now)
+    edge.endpoint.receive(hub.endpoint.datagrams_to_send(net.now)[0].data, hub.addr, net.now)
+    one, two = edge.endpoint.datagrams_to_send(net.now)
+    hub.endpoint.receive(one.data, edge.addr, net.now)
+    before = hub.endpoint.statistics().dropped_bad_init
+    hub.endpoint.receive(two.data, stranger, net.now)
+    assert hub.endpoint.statistics().dropped_bad_init == before + 1
+    hub.endpoint.receive(two.data, edge.addr, net.now)
+    assert hub.endpoint.statistics().dropped_bad_init == before + 1
 
 
 def test_who_does_not_listen_does_not_answer() -> None:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from stp.core.flow import MAX_WINDOW, STREAM_WINDOW, ReceiveCredit, WindowBudget
+from stp.core.flow import (
+    CONTROL_WINDOW,
+    MAX_WINDOW,
+    SESSION_WINDOW,
+    STREAM_WINDOW,
+    ReceiveCredit,
+    WindowBudget,
+)
 
 
 def take(credit: ReceiveCredit, taken: int, now: float, rtt: float, budget: WindowBudget) -> int:
@@ -20,6 +27,11 @@ def test_credit_is_due_when_a_quarter_of_the_window_is_taken() -> None:
     assert credit.due()
     assert credit.announce() == 1250
     assert not credit.due()
+
+
+def test_the_first_windows_are_what_both_sides_count_on() -> None:
+    """R-7-7: nothing tells a peer of them."""
+    assert (CONTROL_WINDOW, STREAM_WINDOW, SESSION_WINDOW) == (64 << 10, 512 << 10, 2 << 20)
 
 
 def test_credit_is_never_lowered() -> None:

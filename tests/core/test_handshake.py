@@ -87,6 +87,7 @@ def test_both_hellos_are_bound_into_the_keys() -> None:
 
 
 def test_the_listener_ignores_what_comes_after_and_frees_tls() -> None:
+    """R-4-21."""
     client, server = side("edge-1", dialling=True), side("hub", dialling=False)
     pump(client, server, judge=Lenient(), step=1 << 20)
     server.receive(b"anything", Lenient())

@@ -104,6 +104,7 @@ def test_the_dialling_side_is_connected_only_by_handshake_done() -> None:
     net.link(hub, edge).hook = None
     net.run(lambda: session.state is State.ESTABLISHED, limit=3.0)
     assert isinstance(edge.events(session)[0], Connected)
+    assert session.handshake is None, "R-4-21: TLS object, INIT keys and buffers go"
 
 
 def test_news_before_the_proof_waits_for_it() -> None:

@@ -173,7 +173,7 @@ def test_fault_26_a_client_without_a_certificate_is_refused() -> None:
 
 
 def test_a_replayed_init_after_the_end_is_dropped() -> None:
-    """Fault 18, its INIT half: a recorded client flight, replayed into the handshake it came from."""
+    """Fault 18, its INIT half: a recorded client flight, replayed into the handshake it came from (R-4-21)."""
     pair = Pair()
     recorded: list[bytes] = []
 

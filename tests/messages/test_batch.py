@@ -108,6 +108,13 @@ def test_round_trip(given_: dict[str, Any]) -> None:
     assert list(opened.indices) == list(range(opened.head.count))
 
 
+def test_a_time_before_the_first_counts_as_the_first() -> None:
+    """R-10-6."""
+    start = FIELDS["time_ms"]
+    data = encode_batch(["a", "b"], [b"", b""], times=[start, start - 1], **FIELDS)
+    assert open_batch(data).times_ms == [start, start]
+
+
 @given(messages(), st.data())
 @quick
 def test_an_excerpt_keeps_its_messages(given_: dict[str, Any], data: st.DataObject) -> None:

@@ -29,6 +29,8 @@ class Client:
         self.kept: dict[int, int] = {}
         self.custody: dict[int, int] = {}
         self.received: list[m.Message] = []
+        self.sources: set[bytes] = set()
+        """Of the records that came."""
         self._lanes_out: dict[int, tuple[int, int]] = {}
         """By lane: its stream, and how many records were sent."""
         self._lanes_in: dict[int, tuple[int, int]] = {}
@@ -144,6 +146,7 @@ class Client:
         while len(buffer) >= 4 and len(buffer) >= (size := 4 + int.from_bytes(buffer[:4], "big")):
             record = m.read_record(self.session.take(stream, size))
             places += 1
+            self.sources.add(record.source)
             for batch in record.batches:
                 self.received += [
                     message

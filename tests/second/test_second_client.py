@@ -74,6 +74,11 @@ def test_it_shares_nothing_with_us(path: Path) -> None:
             assert name.split(".")[0] in ALLOWED or name.startswith("tests.second."), name
 
 
+def closed(gateway: Node, node: str) -> list[str]:
+    """What the gateway's log says of this node's sessions that ended."""
+    return [line for line in gateway.tail(50).splitlines() if '"session_closed"' in line and node in line]
+
+
 async def exchange(client: Client, gateway: Node, size: int, count: int) -> None:
     """Both ways between the second client and our own library, at the same gateway; all of it, in order."""
     payload = random.Random(1).randbytes(size)
@@ -128,14 +133,15 @@ async def test_it_connects_publishes_receives_and_closes(second: Second, gateway
     await exchange(client, gateway, size=60_000, count=20)
     assert session.counts["retry"] == 1
     assert session.group == "X25519MLKEM768"
+    assert client.sources == {bytes.fromhex(client.hello["store"])}, "R-10-34"
     assert client.hello["node"] == "edge-1"
     assert client.hello["kind"] == "gateway"
     assert set(session._peer_cids) >= {0, 1, 2, 3}
     assert session.token
     client.close()
-    gone = [
-        line for line in gateway.tail(50).splitlines() if '"session_closed"' in line and "second-1" in line
-    ]
+    with trio.fail_after(5):
+        while not (gone := closed(gateway, "second-1")):
+            await trio.sleep(0.02)
     assert len(gone) == 1
     assert '"NO_ERROR"' in gone[0]
 
