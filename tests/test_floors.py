@@ -31,10 +31,11 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.core.keys stp.core.params stp.core.tokens stp.core.acks stp.core.path stp.core.resets stp.core.streamset"
     " stp.core.tolerant",
     "stp.core.handshake stp.core.packetizer stp.core.keepalive",
-    "stp.core.events stp.core.initspace stp.core.phases",
-    "stp.core.output",
+    "stp.core.events stp.core.initspace stp.core.phases stp.core.channel stp.core.units",
+    "stp.core.output stp.core.routing",
     "stp.core.dataspace stp.core.states",
-    "stp.core.session stp.core.verbs",
+    "stp.core.verbs",
+    "stp.core.session stp.core.framed",
     "stp.core.endpoint",
     # -- stp: messages, sans-IO too
     "stp.topics stp.sources stp.fields",

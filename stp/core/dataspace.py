@@ -9,16 +9,14 @@ handshake.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from struct import error as struct_error
+from collections.abc import Callable
 from typing import Protocol
 
 from stp.core import frames
 from stp.core.acks import AckTracker
 from stp.core.congestion import Congestion
-from stp.core.errors import ErrorCode, FrameEncodingError, LocalCause, ProtocolError
-from stp.core.events import Event, StreamOpened, StreamReset, StreamStopped, StreamWritable
-from stp.core.frames import STREAM_HEAD, STREAM_HEAD_SIZE, STREAM_LENGTH_HEAD, STREAM_LENGTH_HEAD_SIZE
+from stp.core.errors import ErrorCode, LocalCause, ProtocolError
+from stp.core.events import Event, StreamWritable
 from stp.core.keys import SessionKeys
 from stp.core.output import Output
 from stp.core.packet import DATA_OVERHEAD
@@ -26,8 +24,9 @@ from stp.core.packetizer import Opener, Sealer
 from stp.core.path import EXTRA_CIDS, CidSource, Liveness, LocalCids, Path, RemoteCids
 from stp.core.phases import KeyLimits, Phases, fail_limit, seal_limit
 from stp.core.recovery import Recovery, RttEstimator
+from stp.core.routing import take_stream, take_stream_frame
 from stp.core.streams import WRITABLE_ROOM
-from stp.core.streamset import MAX_DATA, MAX_STREAM_DATA, StreamSet
+from stp.core.streamset import StreamSet
 
 
 class Inbox(Protocol):
@@ -207,7 +206,7 @@ class DataSpace:
             elif kind == frames.PADDING:
                 break  # the rest of the packet
             elif frames.STREAM <= kind <= frames.STREAM_LENGTH_FIN:
-                pos = self._on_stream(plain, pos, kind)
+                pos = take_stream(plain, pos, kind, self.streams, self._inbox)
                 eliciting = True
             else:
                 frame, pos = frames.decode_one(plain, pos)
@@ -231,67 +230,12 @@ class DataSpace:
                     sender.full = False
                     self._inbox.on_event(StreamWritable(sender.id))
 
-    def _on_stream(self, plain: bytes, pos: int, kind: int) -> int:
-        """The STREAM frame at `pos`, without an object: there is one in every small packet. Its end."""
-        number: int
-        offset: int
-        length: int
-        try:
-            if kind >= frames.STREAM_LENGTH:
-                _, number, offset, length = STREAM_LENGTH_HEAD.unpack_from(plain, pos)
-                pos += STREAM_LENGTH_HEAD_SIZE
-            else:
-                _, number, offset = STREAM_HEAD.unpack_from(plain, pos)
-                pos += STREAM_HEAD_SIZE
-                length = len(plain) - pos
-        except struct_error:
-            raise FrameEncodingError("STREAM cut short") from None
-        end = pos + length
-        if end > len(plain):
-            raise FrameEncodingError("STREAM longer than its packet")
-        fin = kind & frames.FIN_BIT == 1
-        if fin and not number:
-            raise ProtocolError("FIN of the control stream")
-        stream = self.streams.recv.get(number)
-        if stream is None:
-            stream, opened = self.streams.receiver(number)
-            self._announce(opened)
-            if stream is None:
-                return end
-        grown = stream.insert(offset, plain[pos:end], fin)
-        if grown and number:
-            self.streams.on_bytes(grown)
-        if stream.chunks or stream.complete:
-            self._inbox.on_readable(number)
-        return end
-
-    def _announce(self, opened: Iterable[int]) -> None:
-        for number in opened:
-            self._inbox.on_event(StreamOpened(number))
-
     def _on_frame(self, frame: frames.Frame, now: float) -> None:
-        streams, rtt = self.streams, self.recovery.rtt.smoothed
+        if take_stream_frame(frame, self.streams, self._inbox, now, self.recovery.rtt.smoothed):
+            return
         match frame:
             case frames.Ping():
                 self._at_once = True
-            case frames.MaxData():
-                streams.peer_limit = max(streams.peer_limit, frame.max)
-            case frames.MaxStreamData():
-                streams.on_max_stream_data(frame.stream, frame.max)
-            case frames.MaxStreams():
-                streams.on_max_streams(frame.kind, frame.max)
-            case frames.DataBlocked():
-                streams.on_blocked(MAX_DATA, 0)
-            case frames.StreamDataBlocked():
-                streams.on_blocked(MAX_STREAM_DATA, frame.stream)
-            case frames.ResetStream():
-                heard, opened = streams.on_reset(frame, now, rtt)
-                self._announce(opened)
-                if heard:
-                    self._inbox.on_event(StreamReset(frame.stream, frame.code))
-            case frames.StopSending():
-                if streams.on_stop(frame):
-                    self._inbox.on_event(StreamStopped(frame.stream, frame.code))
             case frames.NewCid():
                 if self.remote_cids.on_new_cid(frame):
                     self.sealer.use_cid(self.remote_cids.current[1])
@@ -306,7 +250,7 @@ class DataSpace:
             case frames.Crypto():
                 raise ProtocolError("CRYPTO in a DATA packet")
             case _:
-                pass  # STREAMS_BLOCKED, PATH_RESPONSE, DATAGRAM: nothing here waits for them
+                pass  # PATH_RESPONSE, DATAGRAM: nothing here waits for them
 
     def _on_retire(self, frame: frames.RetireCid) -> None:
         cid = self.local_cids.retire(frame.seq, self.opener.current)

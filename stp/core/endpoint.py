@@ -167,7 +167,7 @@ class Endpoint:
             address_half_open=config.address_half_open,
             total_rate=config.total_rate,
         )
-        self._agenda = Agenda()
+        self._agenda: Agenda[Session] = Agenda()
         self._context = SessionContext(
             agenda=self._agenda,
             cid_source=self._new_cid_and_token,

@@ -41,6 +41,8 @@ class LocalCause(StrEnum):
     HANDSHAKE_TIMEOUT = "handshake timeout"
     DEAD_PEER = "peer does not answer"
     RESET_BY_PEER = "peer has lost the session"
+    CONNECTION_LOST = "connection lost"
+    """The stream that carried the session broke or ended without CLOSE."""
 
 
 class StpError(Exception):

@@ -114,6 +114,12 @@ def identity_of(leaf_der: bytes) -> tuple[str, str]:
     return _identity(leaf)
 
 
+def read_uri(uri: str) -> tuple[str, str] | None:
+    """(domain, node) of `stp://<domain>/<node>`; None where it is no such name."""
+    found = _IDENTITY.fullmatch(uri)
+    return (found.group(1), found.group(2)) if found else None
+
+
 def _identity(leaf: x509.Certificate) -> tuple[str, str]:
     try:
         names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -122,10 +128,10 @@ def _identity(leaf: x509.Certificate) -> tuple[str, str]:
     except ValueError:
         raise HandshakeRefused("certificate cannot be read") from None
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
-    found = [m for m in map(_IDENTITY.fullmatch, uris) if m]
+    found = [name for name in map(read_uri, uris) if name]
     if len(found) != 1:
         raise HandshakeRefused(f"certificate names {len(found)} nodes as stp://<domain>/<node>, not one")
-    return found[0].group(1), found[0].group(2)
+    return found[0]
 
 
 def make_context(settings: TlsSettings, server: bool) -> SSL.Context:
@@ -234,17 +240,10 @@ class Handshake:
 
     def _read_hello(self, judge: Judge) -> bytes:
         """Reads the hello once it is complete; gives the TLS bytes behind it."""
-        if len(self._buffer) < 2:
+        found = take_hello(self._buffer)
+        if found is None:
             return b""
-        end = 2 + int.from_bytes(self._buffer[:2], "big")
-        if end > 2 + MAX_HELLO:
-            raise LimitError(f"hello of {end - 2} bytes, at most {MAX_HELLO}")
-        if len(self._buffer) < end:
-            return b""
-        raw, rest = self._buffer[2:end], self._buffer[end:]
-        hello = TransportHello.decode(raw)
-        if hello.versions[0] != VERSION:
-            raise ProtocolError(f"peer chose version {hello.versions[0]:#010x}")
+        hello, raw, rest = found
         judge.check_hello(hello)
         self.peer_hello, self._peer_hello_raw, self._buffer = hello, raw, b""
         return rest
@@ -266,7 +265,7 @@ class Handshake:
             return
         except SSL.Error as exc:
             self._collect()
-            raise HandshakeRefused(self._verify_problem() or explain(exc)) from exc
+            raise HandshakeRefused(verify_problem(self._tls) or explain(exc)) from exc
         self._shaken = True
         if self._dialling:
             # Our Finished would make us a peer in the listener's eyes: judge it before it leaves.
@@ -280,18 +279,6 @@ class Handshake:
                 self._finish(judge)
             finally:
                 del self._tls  # some 70 KiB that a listener's half-open sessions need not hold
-
-    def _verify_problem(self) -> str:
-        """Why OpenSSL does not accept the peer's chain; "" where it did or cannot say."""
-        try:
-            lib, ffi = _util.lib, _util.ffi
-            verdict = lib.SSL_get_verify_result(self._tls._ssl)
-            if verdict == lib.X509_V_OK:
-                return ""
-            words = ffi.string(lib.X509_verify_cert_error_string(verdict)).decode()
-            return f"untrusted certificate: {words}"
-        except AttributeError:  # pragma: no cover - pyOpenSSL promises none of these names
-            return ""
 
     def _read_verdict(self) -> None:
         """After the handshake TLS can only tell us of an alert: the listener's refusal.
@@ -312,28 +299,16 @@ class Handshake:
 
     def _finish(self, judge: Judge) -> None:
         """TLS is content; we judge and derive (protocol §3, §4, R-4-5)."""
-        leaf = self._tls.get_peer_certificate(as_cryptography=True)
-        if leaf is None:
-            raise HandshakeRefused("peer shows no certificate")
         try:
-            domain, node = _identity(fully_parsed(leaf))
+            self.peer, leaf_der = verified_peer(self._tls)
         except HandshakeRefused:
             self._say_goodbye()
             raise
-        except UNREADABLE:
-            self._say_goodbye()
-            raise HandshakeRefused("certificate cannot be read") from None
-        self.peer = PeerIdentity(
-            domain=intern(domain),
-            node=node,
-            serial=leaf.serial_number,
-            not_after=leaf.not_valid_after_utc,
-        )
         reason = judge.check_peer(self.peer)
         if reason is not None:
             self._say_goodbye()
             raise HandshakeRefused(reason)
-        self._derive(leaf.public_bytes(Encoding.DER), self.peer)
+        self._derive(leaf_der, self.peer)
 
     def _say_goodbye(self) -> None:
         """A close_notify under TLS keys: the refusal that a dialling peer can trust. A dialler sends none."""
@@ -372,6 +347,58 @@ class Handshake:
         data = self._bio()
         if data:
             self._out.append(data)
+
+
+def take_hello(data: bytes) -> tuple[TransportHello, bytes, bytes] | None:
+    """The hello that `data` begins with, as read and as sent, and what follows it; None: more must come.
+
+    Raises LimitError, FrameEncodingError, ProtocolError for a version that is not ours.
+    """
+    if len(data) < 2:
+        return None
+    end = 2 + int.from_bytes(data[:2], "big")
+    if end > 2 + MAX_HELLO:
+        raise LimitError(f"hello of {end - 2} bytes, at most {MAX_HELLO}")
+    if len(data) < end:
+        return None
+    hello = TransportHello.decode(data[2:end])
+    if hello.versions[0] != VERSION:
+        raise ProtocolError(f"peer chose version {hello.versions[0]:#010x}")
+    return hello, data[2:end], data[end:]
+
+
+def verified_peer(tls: SSL.Connection) -> tuple[PeerIdentity, bytes]:
+    """Whom the leaf names that TLS has verified, and that leaf in DER.
+
+    Raises HandshakeRefused where it names nobody we can tell.
+    """
+    leaf = tls.get_peer_certificate(as_cryptography=True)
+    if leaf is None:
+        raise HandshakeRefused("peer shows no certificate")
+    try:
+        domain, node = _identity(fully_parsed(leaf))
+    except UNREADABLE:
+        raise HandshakeRefused("certificate cannot be read") from None
+    peer = PeerIdentity(
+        domain=intern(domain),
+        node=node,
+        serial=leaf.serial_number,
+        not_after=leaf.not_valid_after_utc,
+    )
+    return peer, leaf.public_bytes(Encoding.DER)
+
+
+def verify_problem(tls: SSL.Connection) -> str:
+    """Why OpenSSL does not accept the peer's chain; "" where it did or cannot say."""
+    try:
+        lib, ffi = _util.lib, _util.ffi
+        verdict = lib.SSL_get_verify_result(tls._ssl)
+        if verdict == lib.X509_V_OK:
+            return ""
+        words = ffi.string(lib.X509_verify_cert_error_string(verdict)).decode()
+        return f"untrusted certificate: {words}"
+    except AttributeError:  # pragma: no cover - pyOpenSSL promises none of these names
+        return ""
 
 
 def explain(exc: SSL.Error) -> str:

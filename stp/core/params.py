@@ -21,6 +21,7 @@ MAX_ACK_DELAY_LIMIT: Final = 1 << 14
 """Milliseconds (RFC 9000 §18.2)."""
 
 _VERSIONS, _ORIGINAL_DCID, _CID, _RETRY_SCID, _PARAMETERS = 1, 2, 3, 4, 5
+_LISTENER_NAME, _DIALLER_NAME = 6, 7
 _REQUIRED: Final = frozenset((_VERSIONS, _ORIGINAL_DCID, _CID, _RETRY_SCID, _PARAMETERS))
 
 
@@ -98,17 +99,20 @@ class TransportHello:
     parameters: TransportParameters = field(factory=TransportParameters)
     versions: tuple[int, ...] = (VERSION,)
     """Chosen one first."""
+    names: tuple[str, str] | None = None
+    """From the listener of a Unix socket: what it is called and what it calls the other, `stp://domain/node` each."""
 
     def encode(self) -> bytes:
-        return encode_tlvs(
-            {
-                _VERSIONS: b"".join(v.to_bytes(4, "big") for v in self.versions),
-                _ORIGINAL_DCID: self.original_dcid,
-                _CID: self.cid,
-                _RETRY_SCID: self.retry_scid,
-                _PARAMETERS: self.parameters.encode(),
-            }
-        )
+        values = {
+            _VERSIONS: b"".join(v.to_bytes(4, "big") for v in self.versions),
+            _ORIGINAL_DCID: self.original_dcid,
+            _CID: self.cid,
+            _RETRY_SCID: self.retry_scid,
+            _PARAMETERS: self.parameters.encode(),
+        }
+        if self.names is not None:
+            values[_LISTENER_NAME], values[_DIALLER_NAME] = (name.encode() for name in self.names)
+        return encode_tlvs(values)
 
     @classmethod
     def decode(cls, data: bytes) -> TransportHello:
@@ -132,4 +136,14 @@ class TransportHello:
             retry_scid=values[_RETRY_SCID],
             parameters=TransportParameters.decode(values[_PARAMETERS]),
             versions=tuple(int.from_bytes(versions[i : i + 4], "big") for i in range(0, len(versions), 4)),
+            names=_names(values),
         )
+
+
+def _names(values: dict[int, bytes]) -> tuple[str, str] | None:
+    if _LISTENER_NAME not in values or _DIALLER_NAME not in values:
+        return None
+    try:
+        return values[_LISTENER_NAME].decode(), values[_DIALLER_NAME].decode()
+    except UnicodeDecodeError:
+        raise FrameEncodingError("a name that is not UTF-8") from None

@@ -18,9 +18,8 @@ from typing import Any, Final
 
 from stp.core import frames
 from stp.core.dataspace import DataSpace
-from stp.core.errors import ErrorCode, LocalCause, PacketError, ProtocolError, UsageError
-from stp.core.events import Connected, Event, NewToken, SessionClosed, SessionStatistics, StreamReadable
-from stp.core.handshake import PeerIdentity
+from stp.core.errors import ErrorCode, LocalCause, PacketError, ProtocolError
+from stp.core.events import Connected, NewToken, SessionClosed, SessionStatistics
 from stp.core.initspace import ClientHandshake, HandshakeState, InitHandshake
 from stp.core.output import Transmit
 from stp.core.packet import InitPacket, RetryPacket
@@ -31,77 +30,47 @@ from stp.core.path import (
 )
 from stp.core.recovery import MAX_GUESS, RttEstimator
 from stp.core.states import LIVE, TRANSITIONS, Input, SessionContext, State
-from stp.core.streams import DEFAULT_WEIGHT
 from stp.core.streamset import StreamSet
+from stp.core.verbs import AnySession
 
 MAX_EARLY: Final = 16
 """DATA packets that are kept until the peer is authorised (R-4-5)."""
-MAX_EVENTS: Final = 1024
-"""Unfetched events above which a session closes with LIMIT: its owner has gone or the peer floods."""
 CLOSE_PTOS: Final = 3
 """PTOs that CLOSING and DRAINING last (protocol §9, R-9-6)."""
 
 
-class Session:
+class Session(AnySession):
     """Made by `Endpoint.connect` or by a listening endpoint."""
 
     __slots__ = (
-        "_announced",
         "_close_answers",
         "_close_frame",
         "_close_until",
         "_closed_packets",
         "_context",
-        "_counts",
         "_data",
         "_early",
-        "_events",
-        "_now",
         "_path",
-        "_streams",
-        "app",
         "armed",
-        "dialling",
         "handshake",
-        "id",
-        "in_ready",
-        "in_to_send",
-        "peer",
-        "state",
-        "suite",
     )
 
     def __init__(
         self, context: SessionContext, handshake: InitHandshake, addr: Any, *, dialling: bool, now: float
     ) -> None:
+        super().__init__(context.agenda, StreamSet(dialling, context.budget), dialling=dialling, now=now)
         self._context = context
         self.handshake: InitHandshake | None = handshake
         """There until confirmed."""
-        self.dialling = dialling
-        self.state = State.HANDSHAKE
-        self.id: bytes | None = None
-        """16 bytes, the same on both sides; None before the keys."""
-        self.suite = ""
-        """The TLS suite, whose AEAD protects DATA; "" before the keys."""
-        self.peer: PeerIdentity | None = None
-        self.app: Any = None
-        """The owner's; never looked into."""
         self.armed: float | None = None
         """The endpoint's: when its heap of timers will look at this session."""
-        self.in_ready = False
-        self.in_to_send = False
         self._path = Path(addr, context.datagram_for(addr))
-        self._streams = StreamSet(dialling, context.budget)
         self._data: DataSpace | None = None
         self._early: list[bytes] | None = None
-        self._events: list[Event] = []
-        self._announced: set[int] = set()
-        self._counts = SessionStatistics()
         self._close_frame: tuple[int, str] | None = None
         self._close_until = 0.0
         self._close_answers = 0
         self._closed_packets = 0
-        self._now = now
 
     # -- the owner's verbs
 
@@ -112,80 +81,6 @@ class Session:
     @property
     def carrier(self) -> str:
         return "udp"
-
-    @property
-    def live(self) -> bool:
-        return self.state in LIVE
-
-    def open_stream(self, *, weight: int = DEFAULT_WEIGHT, bidirectional: bool = False) -> int:
-        """A new stream of ours. Raises UsageError: the session is over, or the peer allows no more."""
-        self._must_live()
-        return self._streams.open(weight, bidirectional=bidirectional)
-
-    def write(self, stream: int, data: bytes, fin: bool = False) -> None:
-        """Queue bytes; `data` is kept, not copied. Keep to `room`. Raises UsageError if it is not open."""
-        self._must_live()
-        self._streams.write(stream, data, fin)
-        self._want_to_send()
-
-    def room(self, stream: int) -> int:
-        """Bytes that the send buffer still takes; 0 for a stream that is not open."""
-        sender = self._streams.send.get(stream)
-        return sender.room() if sender is not None and self.state in LIVE else 0
-
-    def unsent(self, stream: int) -> int:
-        """Bytes queued and not yet sent once."""
-        sender = self._streams.send.get(stream)
-        return sender.written - sender.next if sender is not None else 0
-
-    def read(self, stream: int) -> bytes:
-        """All bytes that are here in order, b"" if none. Gives no credit, but on stream 0.
-
-        Raises UsageError for a stream that cannot be read. At its end the stream is gone after this call.
-        """
-        data = self._streams.read(stream, self._now, self._rtt())
-        if self._streams.pending:
-            self._want_to_send()
-        return data
-
-    def ended(self, stream: int) -> bool:
-        """Whether the next `read` returns the last bytes of the stream, or it is gone."""
-        receiver = self._streams.recv.get(stream)
-        return receiver is None or receiver.complete
-
-    def advance_credit(self, stream: int, taken: int) -> None:
-        """The application has taken everything below offset `taken`, or holds it as its one incomplete record.
-
-        Monotonic; less than before is ignored. Raises UsageError for more than was received.
-        """
-        self._streams.advance(stream, taken, self._now, self._rtt())
-        if self._streams.pending:
-            self._want_to_send()
-
-    def reset_stream(self, stream: int, code: int) -> None:
-        """Give up sending on it. Raises UsageError."""
-        self._must_live()
-        self._streams.reset(stream, code)
-        self._want_to_send()
-
-    def stop_stream(self, stream: int, code: int) -> None:
-        """Ask the peer to give up sending on it. Raises UsageError."""
-        self._must_live()
-        self._streams.stop(stream, code)
-        self._want_to_send()
-
-    def next_event(self) -> Event | None:
-        if not self._events or self.state in (State.HANDSHAKE, State.KEYED):
-            return None  # what comes before the proof is news only after it
-        event = self._events.pop(0)
-        if isinstance(event, StreamReadable):
-            self._announced.discard(event.stream)
-        return event
-
-    def close(self, code: ErrorCode, reason: str = "", now: float | None = None) -> None:
-        """Say CLOSE and stop. Nothing happens if the session is over already. `now` None: as last heard."""
-        if self.state in LIVE:
-            self._close(code, reason, self._now if now is None else now)
 
     def abandon(self) -> None:
         """Forget an unfinished handshake without a word to the peer."""
@@ -323,19 +218,6 @@ class Session:
 
     # -- what the data space tells (dataspace.Inbox)
 
-    def on_event(self, event: Event) -> None:
-        self._events.append(event)
-        if not self.in_ready and self.state not in (State.HANDSHAKE, State.KEYED):
-            self.in_ready = True
-            self._context.agenda.ready.append(self)
-        if len(self._events) > MAX_EVENTS and self.state in LIVE:
-            raise ProtocolError("more events than the owner takes", ErrorCode.LIMIT)
-
-    def on_readable(self, stream: int) -> None:
-        if stream not in self._announced:
-            self._announced.add(stream)
-            self.on_event(StreamReadable(stream))
-
     def on_session_frame(
         self, frame: frames.HandshakeDone | frames.NewToken | frames.Close, now: float
     ) -> None:
@@ -362,17 +244,8 @@ class Session:
 
     # -- inside
 
-    def _must_live(self) -> None:
-        if self.state not in LIVE:
-            raise UsageError("the session is over")
-
     def _rtt(self) -> float:
         return self._data.recovery.rtt.smoothed if self._data is not None else 0.0
-
-    def _want_to_send(self) -> None:
-        if not self.in_to_send:
-            self.in_to_send = True
-            self._context.agenda.to_send.append(self)
 
     def _enter(self, what: Input) -> None:
         self.state = TRANSITIONS[self.state, what]

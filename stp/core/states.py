@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from attrs import Factory, define
 
@@ -56,21 +56,24 @@ TRANSITIONS: Final[dict[tuple[State, Input], State]] = {
 LIVE: Final = frozenset({State.HANDSHAKE, State.KEYED, State.ESTABLISHED})
 
 
-class Agenda:
-    """Which sessions want the owner's and the network's attention; one for all sessions of an endpoint."""
+S = TypeVar("S")
+
+
+class Agenda(Generic[S]):
+    """Which sessions want the owner's and the network's attention; one for all sessions of a carrier."""
 
     __slots__ = ("ready", "to_send")
 
     def __init__(self) -> None:
-        self.ready: list[Session] = []
-        self.to_send: list[Session] = []
+        self.ready: list[S] = []
+        self.to_send: list[S] = []
 
 
 @define
 class SessionContext:
     """What all sessions of an endpoint share."""
 
-    agenda: Agenda
+    agenda: Agenda[Session]
     cid_source: CidSource
     random_bytes: Callable[[int], bytes]
     congestion: Callable[[int], Congestion]

@@ -10,8 +10,9 @@ from stp.core import frames
 from stp.core.errors import ErrorCode, LocalCause, PacketError, UsageError
 from stp.core.events import Connected, NewToken, SessionClosed, StreamReadable
 from stp.core.packet import parse_init, parse_retry
-from stp.core.session import MAX_EARLY, MAX_EVENTS, Session
+from stp.core.session import MAX_EARLY, Session
 from stp.core.states import LIVE, TRANSITIONS, Input, State
+from stp.core.verbs import MAX_EVENTS
 from tests.sim import START, Host, Network
 
 
