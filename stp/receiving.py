@@ -99,7 +99,7 @@ class Receiver:
         self._ignored.discard(stream)
 
     def _read_opening(self, stream: int, now: float, out: list[LinkEvent]) -> None:
-        """The first bytes of a stream say what it is (§10, streams)."""
+        """The first bytes of a stream say what it is (§10, streams, R-10-4)."""
         data = self._openings.pop(stream, b"") + self._session.read(stream)
         if not data:
             return

@@ -50,7 +50,7 @@ class _Pending:
 
 
 class Requests:
-    """The requests of one client that wait for their reply."""
+    """The requests of one client that wait for their reply (R-10-42)."""
 
     def __init__(self, client: Session, node: str) -> None:
         self.late = 0

@@ -42,7 +42,7 @@ class ClassSettings(Protocol):
 
 @define
 class MessageClass:
-    """One class, compiled. ``ttl`` in seconds, 0 = none."""
+    """One class, compiled. ``ttl`` in seconds, 0 = none (R-10-25)."""
 
     name: str
     lane: int

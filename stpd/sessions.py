@@ -234,7 +234,7 @@ class Sessions:
             peer.upstream.on_hello(peer)
 
     def _replace_older(self, peer: Peer, hello: Hello) -> None:
-        """Promise (2)."""
+        """Promise (2, R-9-7)."""
         names: list[object] = [hello.store]
         if hello.kind in KEEPER_KINDS:
             names.append((hello.node, hello.kind))
@@ -381,7 +381,7 @@ class Sessions:
         self._relay.attach(feed, LANES)
 
     def _detach_elsewhere(self, name: str) -> None:
-        """Promise (3)."""
+        """Promise (3, R-10-40)."""
         for other in list(self.peers.values()):
             for sub_id, feed in list(other.feeds.items()):
                 if feed.name == name and feed.durable:

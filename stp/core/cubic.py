@@ -90,7 +90,7 @@ class HyStart:
 
 
 class Cubic:
-    """RFC 9438 §4."""
+    """RFC 9438 §4 (R-6-2)."""
 
     __slots__ = (
         "_K",

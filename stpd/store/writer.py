@@ -211,6 +211,7 @@ class Writer:
     # -- the thread: committing -----------------------------------------------------------------------------
 
     def _commit(self, items: list[Append], flushes: list[Flush]) -> None:
+        """R-10-25."""
         started = time.monotonic()
         try:
             result = self._committer.commit(items)

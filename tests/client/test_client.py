@@ -494,6 +494,7 @@ async def answer(session: stp.Client, *, delay: float = 0.0) -> None:
 
 
 async def test_request_and_reply(keeper: Keeper) -> None:
+    """R-10-42."""
     async with (
         stp.connect(keeper.url, identity=device("valve-1")) as valve,
         stp.connect(keeper.url, identity=device()) as session,
@@ -509,6 +510,7 @@ async def test_request_and_reply(keeper: Keeper) -> None:
 
 
 async def test_a_late_reply_is_counted_and_given_to_nobody(keeper: Keeper) -> None:
+    """R-10-42."""
     async with (
         stp.connect(keeper.url, identity=device("valve-1")) as valve,
         stp.connect(keeper.url, identity=device()) as session,

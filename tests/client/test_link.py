@@ -167,6 +167,7 @@ def test_a_control_record_above_16_kib_is_limit() -> None:
 @pytest.mark.parametrize("ended", [events.StreamReset, events.StreamStopped])
 @pytest.mark.parametrize("stream", ["control", "lane in", "lane out"])
 def test_a_lane_or_control_stream_that_ends_is_a_protocol_error(ended: type, stream: str) -> None:
+    """R-10-4."""
     pair = Pair()
     pair.device.send_record(TELEMETRY, record(pair.source, 1))
     pair.gateway.send_record(TELEMETRY, record(pair.store, 1))
@@ -192,6 +193,7 @@ def test_a_lane_or_control_stream_with_fin_is_a_protocol_error(stream: str) -> N
 
 
 def test_streams_of_an_unknown_kind_are_stopped_and_ignored() -> None:
+    """R-10-4."""
     pair = Pair()
     stream = pair.left.open_stream()
     pair.left.write(stream, b"\x09what is this")

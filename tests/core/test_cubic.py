@@ -78,7 +78,7 @@ def test_an_ack_never_shrinks_the_window() -> None:
 
 
 def test_the_curve_one_step() -> None:
-    """§4.2, §4.4. From 100: K = ∛(30 / 0.4) = 4.2172 s.
+    """§4.2, §4.4. From 100: K = ∛(30 / 0.4) = 4.2172 s (R-6-2).
 
     At t = 0: W_est = 70 + 0.5294 × 0.1 = 70.0529 > W_cubic = 70. At t = 1: the target is the curve a round trip
     ahead, W_cubic(1.2) = 100 - 0.4 × 3.0172³ = 89.013; of the way there the share of the window that arrived,

@@ -19,6 +19,7 @@ from tests.daemon.world import World
 async def test_two_hops_deliver_once_and_in_order(
     tmp_path: Path, mock_clock: trio.testing.MockClock, seed: int
 ) -> None:
+    """R-10-41."""
     async with World(tmp_path, seed=seed, loss=0.03, duplicate=0.02, jitter=0.01) as world:
         hub = await world.hub()
         edge = await world.gateway("edge-1", hub)
@@ -167,6 +168,7 @@ async def test_a_subscription_outside_the_rules_is_refused(
 async def test_a_memory_class_reaches_readers_and_no_disk(
     tmp_path: Path, mock_clock: trio.testing.MockClock
 ) -> None:
+    """R-10-25."""
     live = ClassConfig(name="live", filters=("live/#",), lane=3, durability="memory")
     async with World(tmp_path, seed=6) as world:
         hub = await world.hub(classes=(live, *BUILT_IN_CLASSES))
@@ -249,7 +251,7 @@ async def test_a_peer_beyond_its_limit_is_held_back_and_loses_nothing(
 async def test_a_newer_session_of_a_source_replaces_the_older(
     tmp_path: Path, mock_clock: trio.testing.MockClock
 ) -> None:
-    """Sessions promise (2): the same source dials again; another node's never ends it."""
+    """Sessions promise (2): the same source dials again; another node's never ends it (R-9-7)."""
     async with World(tmp_path, seed=9) as world:
         hub = await world.hub()
         first = world.publisher("sensor-1", hub)
@@ -263,3 +265,20 @@ async def test_a_newer_session_of_a_source_replaces_the_older(
         stranger.publish(1)
         await world.run(lambda: bool(stranger.refusals), limit=10)
         assert stranger.refusals[0].code == RefusedCode.SOURCE
+
+
+async def test_a_durable_name_is_read_by_its_newest_session(
+    tmp_path: Path, mock_clock: trio.testing.MockClock
+) -> None:
+    """Sessions promise (3), R-10-40."""
+    async with World(tmp_path, seed=10) as world:
+        hub = await world.hub()
+        first = world.reader("reader-1", hub, ["#"], durable="desk")
+        await world.run(lambda: first.subscribed, limit=5)
+        second = world.reader("reader-1", hub, ["#"], durable="desk")
+        await world.run(lambda: second.subscribed and first.error is not None, limit=5)
+        assert first.error == "durable name reader-1/desk is read by a newer session"
+        sensor = world.publisher("sensor-1", hub)
+        sensor.publish(5)
+        await world.run(lambda: len(second.messages) == 5, limit=5)
+        assert not first.messages

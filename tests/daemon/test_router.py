@@ -23,7 +23,7 @@ def test_a_record_never_leaves_its_lane() -> None:
 
 
 def test_memory_needs_the_whole_prefix() -> None:
-    """What might belong to a durable class is kept."""
+    """What might belong to a durable class is kept (R-10-30)."""
     live = ClassConfig(name="live", filters=("site/live/#",), lane=3, durability="memory")
     classes = Classes([live, *BUILT_IN_CLASSES])
     assert classes.of(3, "site/live/").memory

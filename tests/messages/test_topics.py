@@ -74,7 +74,7 @@ def test_a_set_matches_what_any_filter_matches(chosen: list[str], topic: str) ->
 @given(filters, st.lists(topics, min_size=1, max_size=6))
 @quick
 def test_a_decision_holds_for_every_topic(filter: str, chosen: list[str]) -> None:
-    """(3)"""
+    """(3, R-10-30)"""
     prefix = common_prefix(chosen)
     answer = prefix_decides(filter, prefix)
     found = {matches(filter, topic) for topic in chosen}

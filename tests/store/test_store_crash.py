@@ -189,7 +189,7 @@ def crash_somewhere(tmp_path: Path, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_fault_50_no_other_bytes_carry_an_exposed_number(tmp_path: Path, seed: int) -> None:
-    """Row 50."""
+    """Row 50 (R-10-25)."""
     crash_somewhere(tmp_path, seed)
 
 
