@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import sys
@@ -292,6 +293,8 @@ class Daemon:
             instance=len(self._endpoints) & 0xFF,
             cid_key=self._secrets[:32],
             reset_key=self._secrets[32:],
+            token_key=hashlib.sha256(b"stpd token key" + self._secrets[32:]).digest(),
+            token_epoch=time.time() - trio.current_time(),
             total_rate=limits.handshakes_per_second,
             address_rate=limits.handshakes_per_address,
             max_half_open=limits.half_open,
@@ -340,7 +343,7 @@ class Daemon:
             found.append(Target(address, one.url, frozenset(one.classes), subscribe))
         return found
 
-    def _dial(self, address: tuple[str, int], node: str) -> Session:
+    def _dial(self, address: tuple[str, int], node: str, token: bytes) -> Session:
         six = ":" in address[0]
         carrier = self._dialers.get(six)
         if carrier is None:
@@ -350,6 +353,7 @@ class Daemon:
             expected_node=node,
             expected_domain=self.identity.domain,
             now=trio.current_time(),
+            token=token,
         )
         carrier.wake()
         return session

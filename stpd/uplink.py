@@ -61,6 +61,8 @@ class Target:
     classes: frozenset[str]
     """Class names that go there; empty: all."""
     subscribe: tuple[str, ...]
+    token: bytes = b""
+    """Its last NEW_TOKEN: good for one handshake, in which we count as ourselves and not as our address."""
 
 
 class Uplink:
@@ -72,7 +74,7 @@ class Uplink:
         sessions: Sessions,
         store: Store,
         *,
-        dial: Callable[[tuple[str, int], str], AnySession],
+        dial: Callable[[tuple[str, int], str, bytes], AnySession],
         class_of: Callable[[int, str], str],
         on_custody: Callable[[int, int], None],
         on_time_heard: Callable[[float], None],
@@ -80,7 +82,7 @@ class Uplink:
         wall_ms: Callable[[], int],
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        """*dial(address, node)* starts a session; *on_time_heard* takes the upstream's clock in Unix seconds."""
+        """*dial(address, node, token)* starts a session; *on_time_heard* takes the upstream's clock (Unix s)."""
         self.targets = list(targets)
         self.stopping = False
         self.state = "waiting"
@@ -150,10 +152,11 @@ class Uplink:
             return False
         self._closed = trio.Event()
         try:
-            session = self._dial(address, target.address.node)
+            session = self._dial(address, target.address.node, target.token)
         except OSError as error:
             self._failed(f"cannot dial {address[0]}:{address[1]}: {error.strerror or error}")
             return False
+        target.token = b""
         self.peer = self._sessions.adopt(session, upstream=self)
         self._refused = False
         try:
@@ -163,6 +166,7 @@ class Uplink:
                 nursery.cancel_scope.cancel()
         finally:
             self.feed = None
+            target.token = self.peer.link.token
         return self._refused
 
     async def _resolve(self, target: Address) -> tuple[str, int]:

@@ -102,6 +102,10 @@ class EndpointConfig:
     cid_key: bytes = b""
     """b"": made at start. With `reset_key` kept across restarts, peers can be told of a restart."""
     reset_key: bytes = b""
+    token_key: bytes = b""
+    """b"": made at start. Kept across restarts, it lets peers come back by the NEW_TOKEN they have."""
+    token_epoch: float = 0.0
+    """With `token_key`: `now` plus this goes on over a restart. Seconds."""
 
 
 @define
@@ -161,7 +165,7 @@ class Endpoint:
             else None
         )
         self._dialled: set[Session] = set()
-        self._tokens = TokenKeeper(random_bytes)
+        self._tokens = TokenKeeper(random_bytes, config.token_key, config.token_epoch)
         self._admission = Admission(
             address_rate=config.address_rate,
             address_half_open=config.address_half_open,
@@ -368,6 +372,8 @@ class Endpoint:
         if not self._admission.admit(key, now):
             self._counts.dropped_admission += 1
             return
+        if isinstance(verdict, NodeToken):
+            self._tokens.spend(verdict, now)
         self._make_room(by_token)
         retried = isinstance(verdict, RetryToken)
         handshake = ServerHandshake(

@@ -52,6 +52,9 @@ MIN_PTO: Final = 0.1
 """Seconds: a handshake waits for the peer's public-key work, however near the peer is."""
 MAX_PTO: Final = 1.0
 """Seconds, or 2 RTT if longer."""
+PROBE_SPREAD: Final = 0.25
+"""Part of a PTO by which every probe but the first comes sooner or later: a fleet whose hub was started anew would
+come in waves, and a listener that admits so many a second would stand idle between them."""
 HANDSHAKE_DEADLINE: Final = 10.0
 """Seconds, or 6 RTT if longer (R-4-18)."""
 AMPLIFICATION: Final = 3  # R-4-20
@@ -140,6 +143,8 @@ class InitHandshake:
         self._sent: dict[int, _Sent] = {}
         self._last_sent = now
         self._pto_count = 0
+        self._spread = 1.0
+        self._random_bytes = random_bytes
         self._ping_due = False
         self._close_due = False
         self._hint: frames.Close | None = None
@@ -222,6 +227,7 @@ class InitHandshake:
         due = self._probe_at()
         if due is not None and now >= due:
             self._pto_count += 1
+            self._spread = 1 + PROBE_SPREAD * (self._random_bytes(1)[0] / 127.5 - 1)
             self._outgoing.requeue()
             self._ping_due = True
             self._last_sent = now  # also where the amplification limit lets nothing out
@@ -277,7 +283,7 @@ class InitHandshake:
         if self.state is HandshakeState.REFUSED and self._dialling:
             return None
         if self._dialling or self._sent:
-            return self._last_sent + self.pto
+            return self._last_sent + self.pto * self._spread
         return None
 
     def _read_frames(self, plaintext: bytes, known: bool, now: float) -> tuple[bool, bool]:

@@ -1,14 +1,17 @@
 """Address tokens of Retry and node tokens of NEW_TOKEN (protocol §4).
 
-(1) A token is AEAD under a key of this keeper, and begins with a kind byte that the AEAD covers.
+(1) A token is AEAD under a key of this keeper, and begins with a kind byte that the AEAD covers. A keeper that is
+    given its secret again opens what it sealed before: gateways that come back after a restart, maybe a thousand
+    from one address, are known by theirs.
 (2) A Retry token opens for one IP, port, original DCID and new CID, for 10 s.
-(3) A node token opens once, within 24 h, and names a node. Used ones are remembered, at most 65,536; when
-    that memory is full the keys change, so that nothing used can ever be used again.
+(3) A node token opens once in a keeper's life, within 24 h, and names a node. Used ones are remembered, at most
+    65,536; when that memory is full the keys change, so that nothing used can be used again.
 (4) No bytes raise anything: what cannot be read is `BAD_RETRY` (silence) or None (as good as no token).
 """
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Callable
 from enum import Enum, auto
 from hashlib import sha256
@@ -24,10 +27,11 @@ from stp.core.packet import CID_LENGTH
 RETRY_LIFETIME: Final = 10.0
 """Seconds."""
 NODE_LIFETIME: Final = 24 * 3600.0
-"""Seconds; also the time after which the key changes. The one before still opens."""
+"""Seconds; also the time for which a key seals. The one before still opens."""
 MAX_USED: Final = 65_536
 """Hashes of used node tokens, 8 bytes each."""
 
+_NO_DAY: Final = -2  # none that could be followed by one
 _RETRY: Final = 1
 _NODE: Final = 2
 _HEAD: Final = Struct("!BB12s")  # kind, key generation, nonce
@@ -54,9 +58,11 @@ class RetryToken:
 
 @define
 class NodeToken:
-    """Good and from now on used. The certificate must name `node`, else AUTH."""
+    """Good; `TokenKeeper.spend` uses it up. The certificate must name `node`, else AUTH."""
 
     node: bytes
+    mark: bytes
+    """Under which it is remembered once it is used."""
 
 
 Verdict: TypeAlias = RetryToken | NodeToken | Literal[_Bad.RETRY] | None
@@ -72,13 +78,18 @@ def _address(addr: Address) -> bytes:
 
 
 class TokenKeeper:
-    """Seals and opens tokens. `now` is the owner's monotonic clock; keys die with the keeper."""
+    """Seals and opens tokens. `now` is the owner's monotonic clock.
 
-    def __init__(self, random_bytes: Callable[[int], bytes]) -> None:
+    `secret`: 32 bytes, kept across restarts; b"": the keys die with the keeper. `epoch`: what makes of `now` a time
+    that goes on over a restart, seconds; where it is wrong, tokens from before count as none.
+    """
+
+    def __init__(self, random_bytes: Callable[[int], bytes], secret: bytes = b"", epoch: float = 0.0) -> None:
         self._random = random_bytes
-        self._generation = 0
+        self._secret = secret or random_bytes(32)
+        self._epoch = epoch
+        self._day = _NO_DAY
         self._keys: dict[int, AESGCM] = {}
-        self._made = 0.0
         self._used: set[bytes] = set()
         self._used_before: set[bytes] = set()
         self.exhausted = 0  # times that promise (3) cost us the keys
@@ -89,15 +100,21 @@ class TokenKeeper:
         return len(self._used) + len(self._used_before)
 
     def seal_retry(self, addr: Address, original_dcid: bytes, new_cid: bytes, now: float) -> bytes:
+        now += self._epoch
         body = _RETRY_BODY.pack(now + RETRY_LIFETIME, original_dcid, new_cid)
         return self._seal(_RETRY, body, _address(addr), now)
 
     def seal_node(self, domain: str, node: str, now: float) -> bytes:
         """For a NEW_TOKEN frame."""
+        now += self._epoch
         return self._seal(_NODE, _NODE_BODY.pack(now + NODE_LIFETIME, token_node(domain, node)), b"", now)
 
     def read(self, token: bytes, addr: Address, dcid: bytes, now: float) -> Verdict:
-        """What the token of an INIT with that DCID from `addr` is worth. A good node token is used up (R-4-22)."""
+        """What the token of an INIT with that DCID from `addr` is worth (R-4-22).
+
+        A node token stays good until it is spent: who is not admitted right now may try again with it.
+        """
+        now += self._epoch
         self._rotate(now)
         kind = token[0] if token else 0
         if kind == _RETRY:
@@ -112,14 +129,24 @@ class TokenKeeper:
             if body is None:
                 return None
             expiry, node = _NODE_BODY.unpack(body)
-            return NodeToken(node) if now <= expiry and self._use(token, now) else None
+            mark = sha256(token).digest()[:8]
+            used = mark in self._used or mark in self._used_before
+            return NodeToken(node, mark) if now <= expiry and not used else None
         return None
+
+    def spend(self, token: NodeToken, now: float) -> None:
+        """It opened a handshake: never again (3)."""
+        self._used.add(token.mark)
+        if self.used >= MAX_USED:
+            self.exhausted += 1
+            self._secret, self._day = self._random(32), _NO_DAY  # no token from before opens any more
+            self._rotate(now + self._epoch)
 
     def _seal(self, kind: int, body: bytes, bound_to: bytes, now: float) -> bytes:
         self._rotate(now)
         nonce = self._random(12)
-        head = _HEAD.pack(kind, self._generation, nonce)
-        return head + self._keys[self._generation].encrypt(nonce, body, head + bound_to)
+        head = _HEAD.pack(kind, self._day & 0xFF, nonce)
+        return head + self._keys[self._day & 0xFF].encrypt(nonce, body, head + bound_to)
 
     def _open(self, token: bytes, bound_to: bytes, size: int) -> bytes | None:
         if len(token) != _HEAD.size + size + 16:
@@ -134,26 +161,15 @@ class TokenKeeper:
         except InvalidTag:
             return None
 
-    def _use(self, token: bytes, now: float) -> bool:
-        mark = sha256(token).digest()[:8]
-        if mark in self._used or mark in self._used_before:
-            return False
-        self._used.add(mark)
-        if self.used >= MAX_USED:
-            self.exhausted += 1
-            self._keys.clear()
-            self._new_key(now)
-            self._used_before = set()  # no token from before opens any more
-        return True
-
     def _rotate(self, now: float) -> None:
-        if not self._keys or now - self._made >= NODE_LIFETIME:
-            self._new_key(now)
+        """A key for each day: that of the day before still opens, an older one is gone with its used tokens."""
+        day = int(now // NODE_LIFETIME)
+        if day == self._day:
+            return
+        self._used_before = self._used if day == self._day + 1 else set()
+        self._used = set()
+        self._day = day
+        self._keys = {one & 0xFF: AESGCM(self._key(one)) for one in (day - 1, day)}
 
-    def _new_key(self, now: float) -> None:
-        """A new key; the one before it still opens, the one before that is gone with its used tokens."""
-        self._keys.pop((self._generation - 1) % 256, None)
-        self._generation = (self._generation + 1) % 256
-        self._keys[self._generation] = AESGCM(self._random(16))
-        self._made = now
-        self._used_before, self._used = self._used, set()
+    def _key(self, day: int) -> bytes:
+        return hmac.digest(self._secret, f"stp/1 token key {day}".encode(), "sha256")[:16]

@@ -153,6 +153,8 @@ class Pair:
                 "s", packet.build_retry(received.scid, cid, token, opened.keys.retry_key, received.dcid)
             )
             return
+        if isinstance(verdict, NodeToken):
+            self.keeper.spend(verdict, self.now)
         retried = isinstance(verdict, RetryToken)
         self.server = ServerHandshake(
             self.server_context,

@@ -218,7 +218,7 @@ class Keeper:
             [target],
             self.sessions,
             self.store,
-            dial=lambda address, node: self.host.connect(upstream.host),
+            dial=lambda address, node, token: self.host.connect(upstream.host, token=token),
             class_of=lambda lane, prefix: self.classes.of(lane, prefix).name,
             on_custody=self.relay.on_custody,
             on_time_heard=lambda seconds: None,
