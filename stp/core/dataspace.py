@@ -36,6 +36,8 @@ class Inbox(Protocol):
 
     def on_readable(self, stream: int) -> None: ...
 
+    def on_datagram(self, data: bytes) -> None: ...
+
     def on_session_frame(
         self, frame: frames.HandshakeDone | frames.NewToken | frames.Close, now: float
     ) -> None: ...
@@ -208,6 +210,9 @@ class DataSpace:
             elif frames.STREAM <= kind <= frames.STREAM_LENGTH_FIN:
                 pos = take_stream(plain, pos, kind, self.streams, self._inbox)
                 eliciting = True
+            elif kind == frames.DATAGRAM:  # to the end of the packet
+                self._inbox.on_datagram(plain[pos + 1 :])
+                return True
             else:
                 frame, pos = frames.decode_one(plain, pos)
                 self._on_frame(frame, now)
@@ -250,7 +255,7 @@ class DataSpace:
             case frames.Crypto():
                 raise ProtocolError("CRYPTO in a DATA packet")
             case _:
-                pass  # PATH_RESPONSE, DATAGRAM: nothing here waits for them
+                pass  # PATH_RESPONSE: nothing here waits for it
 
     def _on_retire(self, frame: frames.RetireCid) -> None:
         cid = self.local_cids.retire(frame.seq, self.opener.current)

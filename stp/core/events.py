@@ -58,6 +58,13 @@ class StreamStopped:
 
 
 @define
+class DatagramReceived:
+    """An unreliable datagram of the peer's came. What is not fetched in time is dropped and counted."""
+
+    data: bytes
+
+
+@define
 class NewToken:
     """Keep it across restarts: the next handshake with this peer may skip the Retry (protocol §4)."""
 
@@ -80,6 +87,7 @@ Event: TypeAlias = (
     | StreamWritable
     | StreamReset
     | StreamStopped
+    | DatagramReceived
     | NewToken
     | SessionClosed
 )
@@ -98,6 +106,16 @@ class SessionStatistics:
     early_kept: int = 0
     early_dropped: int = 0
     packets_lost: int = 0
+    datagrams_sent: int = 0
+    """DATAGRAM frames, unlike `datagrams_in` and `datagrams_out`, which are UDP's; so the next five."""
+    datagrams_acked: int = 0
+    datagrams_lost: int = 0
+    """By what is known now: one that was given up and arrives after all goes over to `datagrams_acked`."""
+    datagrams_received: int = 0
+    datagrams_refused: int = 0
+    """Not taken by `send_datagram`: too many were waiting."""
+    datagrams_dropped: int = 0
+    """Too large since packets became smaller, or received and not fetched in time."""
     key_updates: int = 0
     failed_opens: int = 0
     repeated: int = 0

@@ -46,6 +46,7 @@ from stp.core.states import LIVE, TRANSITIONS, Agenda, Input, State
 from stp.core.streams import WRITABLE_ROOM
 from stp.core.streamset import StreamSet
 from stp.core.units import UNIT_HEAD, UnitReader, encode_unit
+from stp.core.unreliable import Flight
 from stp.core.verbs import AnySession
 
 HANDSHAKE_TIMEOUT: Final = 10.0
@@ -55,6 +56,8 @@ CLOSE_TIMEOUT: Final = 3.0
 MAX_WRITE: Final = 16 * 1024
 """Bytes of one write, TLS included (R-11-2)."""
 UNIT_ROOM: Final = MAX_WRITE - RECORD_OVERHEAD - UNIT_HEAD
+MAX_DATAGRAM: Final = UNIT_ROOM // 2
+"""Bytes of an unreliable datagram; control frames have the rest of the write."""
 MAX_RECORDS: Final = 1 << 24
 """Writes under one TLS key; AES-GCM is good for 2^24.5 full records (RFC 8446 §5.5). Then AEAD_LIMIT, and a new
 session."""
@@ -176,6 +179,10 @@ class FramedSession(AnySession):
     def carrier(self) -> str:
         return self._context.carrier
 
+    @property
+    def max_datagram_size(self) -> int:
+        return MAX_DATAGRAM
+
     def expect(self, seconds: float | None) -> None:
         self._liveness.expect(seconds)
         self._want_to_send()  # so that the timer is set anew
@@ -185,6 +192,7 @@ class FramedSession(AnySession):
         if rtt.sampled:
             found.rtt, found.rtt_var = rtt.smoothed, rtt.var
         found.session_credit = self._streams.session_room
+        self._count_datagrams()
         return found
 
     # -- input from the carrier
@@ -280,7 +288,13 @@ class FramedSession(AnySession):
             return self._next_plain(now)
         packet = PacketBuilder(UNIT_ROOM)
         self._write_control(packet, now)
-        self._write_streams(packet)
+        datagrams = self._datagrams
+        data = datagrams.next(packet.room - 1) if datagrams is not None else None
+        packet.room -= 0 if data is None else 1 + len(data)
+        self._write_streams(packet, last=data is None)
+        if datagrams is not None and data is not None:
+            packet.parts.append(frames.Datagram(data).encode())
+            datagrams.on_acked(Flight())  # (3)
         return encode_unit(packet.parts) if packet.parts else b""
 
     def _write_control(self, packet: PacketBuilder, now: float) -> None:
@@ -303,8 +317,8 @@ class FramedSession(AnySession):
             for owner, what in packet.frames:
                 owner.on_acked(what)  # (3)
 
-    def _write_streams(self, packet: PacketBuilder) -> None:
-        """Fill up with STREAM frames; the last one needs no length."""
+    def _write_streams(self, packet: PacketBuilder, *, last: bool) -> None:
+        """Fill up with STREAM frames; the last one needs no length where nothing follows it."""
         streams, room = self._streams, packet.room
         tail: tuple[int, int, bytes, bool] | None = None
         while room > STREAM_LENGTH_HEAD_SIZE + STREAM_HEAD_SIZE:
@@ -324,7 +338,7 @@ class FramedSession(AnySession):
                 sender.full = False
                 self.on_event(StreamWritable(sender.id))
         if tail is not None:
-            packet.parts.append(_stream_frame(tail, length=False))
+            packet.parts.append(_stream_frame(tail, length=not last))
 
     # -- hellos
 
@@ -416,6 +430,9 @@ class FramedSession(AnySession):
                 raise ProtocolError("a frame before HANDSHAKE_DONE")
             if frames.STREAM <= kind <= frames.STREAM_LENGTH_FIN:
                 pos = take_stream(unit, pos, kind, self._streams, self)
+            elif kind == frames.DATAGRAM:
+                self.on_datagram(unit[pos + 1 :])
+                return
             elif kind in _FOREIGN:
                 raise ProtocolError(f"frame {kind:#04x} has no place in a stream")
             else:
@@ -439,7 +456,7 @@ class FramedSession(AnySession):
             case frames.Close():
                 self._on_close(frame, now)
             case _:
-                pass  # PING, DATAGRAM: nothing here waits for them
+                pass  # PING: it came, that is all
 
     def _on_close(self, frame: frames.Close, now: float) -> None:
         code = ErrorCode.of(frame.code)

@@ -58,6 +58,7 @@ STREAM_LENGTH_HEAD_SIZE: Final = STREAM_LENGTH_HEAD.size
 ACK_HEAD: Final = Struct("!BQIIH")  # type, largest, delay_us, first_length, n
 ACK_HEAD_SIZE: Final = ACK_HEAD.size
 ACK_RANGE_SIZE: Final = 8
+MAX_ACK_SIZE: Final = ACK_HEAD_SIZE + MAX_ACK_RANGES * ACK_RANGE_SIZE
 
 CRYPTO_HEAD: Final = Struct("!BIH")  # type, offset, length
 CRYPTO_HEAD_SIZE: Final = CRYPTO_HEAD.size

@@ -14,7 +14,13 @@ from attrs import define
 from stp.core import frames
 from stp.core.acks import AckTracker
 from stp.core.congestion import Pacer, burst_packets, pacing_rate
-from stp.core.frames import STREAM_HEAD, STREAM_HEAD_SIZE, STREAM_LENGTH_HEAD, STREAM_LENGTH_HEAD_SIZE
+from stp.core.frames import (
+    MAX_ACK_SIZE,
+    STREAM_HEAD,
+    STREAM_HEAD_SIZE,
+    STREAM_LENGTH_HEAD,
+    STREAM_LENGTH_HEAD_SIZE,
+)
 from stp.core.packet import DATA_OVERHEAD
 from stp.core.packetizer import BULK_OVERHEAD, PacketBuilder, Sealer
 from stp.core.path import LocalCids, Path, RemoteCids
@@ -22,6 +28,7 @@ from stp.core.phases import Phases
 from stp.core.recovery import Recovery, Sent
 from stp.core.streams import SendStream
 from stp.core.streamset import StreamSet
+from stp.core.unreliable import Datagrams, Flight
 
 BURSTS_PER_TURN: Final = 4
 """Bursts that one session sends before others, and what has arrived meanwhile, get their turn."""
@@ -30,7 +37,11 @@ MAX_PATH_ANSWERS: Final = 8
 MAX_FRAME: Final = 300
 """Bytes: every frame of ours but STREAM fits. A packet that was left with more room holds all there was to say."""
 
+DATAGRAM_OVERHEAD: Final = DATA_OVERHEAD + 1
+"""Bytes of a packet around the one DATAGRAM in it."""
+
 _PING: Final = b"\x01"
+_DATAGRAM: Final = bytes((frames.DATAGRAM,))
 
 
 @define
@@ -58,6 +69,7 @@ class Output:
         "_sealer",
         "_streams",
         "_to_say",
+        "datagrams",
         "pacer",
         "wake_at",
     )
@@ -75,6 +87,8 @@ class Output:
         remote_cids: RemoteCids,
     ) -> None:
         self.pacer = Pacer()
+        self.datagrams: Datagrams | None = None
+        """Unreliable ones; None until there was one."""
         self.wake_at: float | None = None
         """When there is more to send, if nothing else happens; None: when something does."""
         self._sealer = sealer
@@ -132,18 +146,26 @@ class Output:
         control = self._has_control()
         due = self._acks.owing and self._acks.due(now)
         room = recovery.congestion.cwnd - recovery.in_flight
-        if sender is None:
+        datagrams = self.datagrams if self.datagrams is not None and self.datagrams.waiting else None
+        if sender is None and datagrams is None:
             recovery.app_limited = room > 0
             if not due and not control:
                 return False
         elif room < path.datagram:
             recovery.app_limited = False
-            sender = None
-        elif sender.id and not self.pacer.may_send(now):
+            sender = datagrams = None
+        elif (sender is None or sender.id) and not self.pacer.may_send(now):
             recovery.app_limited = False
             self.wake_at = self.pacer.next_at
-            sender = None
+            sender = datagrams = None
         run = self._sealer.run()
+        if datagrams is not None and (sender is None or (sender.id and datagrams.first)):
+            if control:
+                self._send_mixed(now, out, streams=False)
+            self._send_datagrams(datagrams, now, out)
+            return True
+        if datagrams is not None:
+            datagrams.first = True
         if sender is not None and not control and not due:
             offset, available = sender.due(self._streams.session_room)
             if available >= path.datagram - BULK_OVERHEAD:
@@ -192,6 +214,41 @@ class Output:
         self.pacer.on_sent(len(sealed), rate, now)
         self._emit(sealed, size, out)
 
+    def _send_datagrams(self, datagrams: Datagrams, now: float, out: list[Transmit]) -> None:
+        """One burst of unreliable datagrams, each in a packet of its own; then it is the streams' turn.
+
+        An ACK that is owed rides along where it fits.
+        """
+        size, rate, recovery, acks = self._path.datagram, self._rate(), self._recovery, self._acks
+        datagrams.first = False
+        for _ in range(burst_packets(rate, recovery.congestion.cwnd, size)):
+            if recovery.congestion.cwnd - recovery.in_flight < size:
+                return
+            data = datagrams.next(size - DATAGRAM_OVERHEAD)
+            if data is None:
+                return
+            packet = PacketBuilder(size - DATA_OVERHEAD)
+            acking = acks.owing and MAX_ACK_SIZE + len(data) < packet.room
+            if acking:
+                packet.parts.append(acks.frame(now))
+            packet.parts += (_DATAGRAM, data)
+            packet.frames.append((datagrams, Flight()))
+            self._sealer.run()
+            self._seal_tracked(packet, now, out, acking=bool(acking))
+
+    def _seal_tracked(self, packet: PacketBuilder, now: float, out: list[Transmit], *, acking: bool) -> None:
+        """Send a packet that asks to be acknowledged."""
+        if acking:
+            packet.frames.append((self._acks, self._acks.next - 1))
+            self._pruning = True
+            packet.frames.append((self, None))
+        pn = self._sealer.next
+        sealed = self._sealer.seal(b"".join(packet.parts))
+        self._recovery.on_sent(Sent.packet(pn, now, len(sealed), packet.frames))
+        self._recovery.probes = max(0, self._recovery.probes - 1)
+        self.pacer.on_sent(len(sealed), self._rate(), now)
+        self._emit(sealed, 0, out)
+
     def _has_control(self) -> bool:
         cids = self._local_cids.pending or self._remote_cids.pending
         return bool(self._streams.pending or self._to_say or self._answers or cids)
@@ -215,17 +272,10 @@ class Output:
             eliciting = True
         if not packet.parts:
             return False
-        if acking and eliciting:
-            packet.frames.append((self._acks, self._acks.next - 1))
-            self._pruning = True
-            packet.frames.append((self, None))
-        pn = self._sealer.next
-        sealed = self._sealer.seal(b"".join(packet.parts))
         if eliciting:
-            self._recovery.on_sent(Sent.packet(pn, now, len(sealed), packet.frames))
-            self._recovery.probes = max(0, self._recovery.probes - 1)
-            self.pacer.on_sent(len(sealed), self._rate(), now)
-        self._emit(sealed, 0, out)
+            self._seal_tracked(packet, now, out, acking=bool(acking))
+        else:
+            self._emit(self._sealer.seal(b"".join(packet.parts)), 0, out)
         return packet.room <= MAX_FRAME or probing
 
     def _write_control(self, packet: PacketBuilder) -> None:

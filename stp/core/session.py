@@ -21,7 +21,7 @@ from stp.core.dataspace import DataSpace
 from stp.core.errors import ErrorCode, LocalCause, PacketError, ProtocolError
 from stp.core.events import Connected, NewToken, SessionClosed, SessionStatistics
 from stp.core.initspace import ClientHandshake, HandshakeState, InitHandshake
-from stp.core.output import Transmit
+from stp.core.output import DATAGRAM_OVERHEAD, Transmit
 from stp.core.packet import InitPacket, RetryPacket
 from stp.core.path import (
     LISTENER_PATIENCE,
@@ -31,6 +31,7 @@ from stp.core.path import (
 from stp.core.recovery import MAX_GUESS, RttEstimator
 from stp.core.states import LIVE, TRANSITIONS, Input, SessionContext, State
 from stp.core.streamset import StreamSet
+from stp.core.unreliable import Datagrams
 from stp.core.verbs import AnySession
 
 MAX_EARLY: Final = 16
@@ -82,6 +83,10 @@ class Session(AnySession):
     def carrier(self) -> str:
         return "udp"
 
+    @property
+    def max_datagram_size(self) -> int:
+        return self._path.datagram - DATAGRAM_OVERHEAD
+
     def abandon(self) -> None:
         """Forget an unfinished handshake without a word to the peer."""
         if self.state in LIVE:
@@ -103,6 +108,7 @@ class Session(AnySession):
             found.rtt, found.rtt_var = data.recovery.rtt.smoothed, data.recovery.rtt.var
             found.cwnd, found.in_flight = data.recovery.congestion.cwnd, data.recovery.in_flight
             found.session_credit = self._streams.session_room
+        self._count_datagrams()
         return found
 
     # -- input from the endpoint
@@ -244,6 +250,12 @@ class Session(AnySession):
 
     # -- inside
 
+    def _unreliable(self) -> Datagrams:
+        found = super()._unreliable()
+        if self._data is not None:
+            self._data.output.datagrams = found
+        return found
+
     def _rtt(self) -> float:
         return self._data.recovery.rtt.smoothed if self._data is not None else 0.0
 
@@ -294,6 +306,7 @@ class Session(AnySession):
             key_limits=context.key_limits,
             inbox=self,
         )
+        space.output.datagrams = self._datagrams
         if self.dialling:
             space.output.say(frames.Ping().encode())
         else:
@@ -355,6 +368,8 @@ class Session(AnySession):
         if self._data is not None:
             self._data.recovery.forget()
         self._streams.close()
+        if self._datagrams is not None:
+            self._datagrams.forget()
         self._early = None
         if self.state is State.CLOSED:
             self.handshake = self._data = None

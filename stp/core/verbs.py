@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any, Final
 
 from stp.core.errors import ErrorCode, ProtocolError, UsageError
-from stp.core.events import Event, SessionStatistics, StreamReadable
+from stp.core.events import DatagramReceived, Event, SessionStatistics, StreamReadable
 from stp.core.handshake import PeerIdentity
 from stp.core.states import LIVE, Agenda, State
 from stp.core.streams import DEFAULT_WEIGHT
 from stp.core.streamset import StreamSet
+from stp.core.unreliable import Datagrams
 
 MAX_EVENTS: Final = 1024
 """Unfetched events above which a session closes with LIMIT: its owner has gone or the peer floods."""
@@ -26,6 +27,7 @@ class AnySession:
         "_agenda",
         "_announced",
         "_counts",
+        "_datagrams",
         "_events",
         "_now",
         "_streams",
@@ -53,6 +55,7 @@ class AnySession:
         self.in_ready = False
         self.in_to_send = False
         self._streams = streams
+        self._datagrams: Datagrams | None = None
         self._events: list[Event] = []
         self._announced: set[int] = set()
         self._counts = SessionStatistics()
@@ -68,6 +71,11 @@ class AnySession:
     @property
     def addr(self) -> Any:
         """Where the peer is, in the carrier's words."""
+        raise NotImplementedError
+
+    @property
+    def max_datagram_size(self) -> int:
+        """Bytes that `send_datagram` takes: what one packet holds. It may change while the session lives."""
         raise NotImplementedError
 
     def expect(self, seconds: float | None) -> None:
@@ -148,9 +156,27 @@ class AnySession:
         self._streams.stop(stream, code)
         self._want_to_send()
 
+    def send_datagram(self, data: bytes) -> bool:
+        """Queue an unreliable datagram: it leaves when congestion control lets it, once, and may be lost.
+
+        False: MAX_WAITING of them wait already, and this one was not taken. Raises UsageError: the session is over,
+        or `data` is longer than `max_datagram_size`.
+        """
+        self._must_live()
+        if len(data) > self.max_datagram_size:
+            raise UsageError(f"a datagram of {len(data)} bytes; {self.max_datagram_size} fit into a packet")
+        taken = self._unreliable().put(data)
+        self._want_to_send()
+        return taken
+
     def next_event(self) -> Event | None:
-        if not self._events or self.state in (State.HANDSHAKE, State.KEYED):
+        if self.state in (State.HANDSHAKE, State.KEYED):
             return None  # what comes before the proof is news only after it
+        datagrams = self._datagrams
+        if datagrams is not None and datagrams.unfetched and not self._events:
+            return DatagramReceived(datagrams.fetch())
+        if not self._events:
+            return None
         event = self._events.pop(0)
         if isinstance(event, StreamReadable):
             self._announced.discard(event.stream)
@@ -166,9 +192,7 @@ class AnySession:
     def on_event(self, event: Event) -> None:
         """Raises ProtocolError(LIMIT) beyond MAX_EVENTS."""
         self._events.append(event)
-        if not self.in_ready and self.state not in (State.HANDSHAKE, State.KEYED):
-            self.in_ready = True
-            self._agenda.ready.append(self)
+        self._announce()
         if len(self._events) > MAX_EVENTS and self.state in LIVE:
             raise ProtocolError("more events than the owner takes", ErrorCode.LIMIT)
 
@@ -177,7 +201,32 @@ class AnySession:
             self._announced.add(stream)
             self.on_event(StreamReadable(stream))
 
+    def on_datagram(self, data: bytes) -> None:
+        self._unreliable().on_received(data)
+        self._announce()
+
     # -- inside
+
+    def _announce(self) -> None:
+        """There is news for the owner."""
+        if not self.in_ready and self.state not in (State.HANDSHAKE, State.KEYED):
+            self.in_ready = True
+            self._agenda.ready.append(self)
+
+    def _unreliable(self) -> Datagrams:
+        if self._datagrams is None:
+            self._datagrams = Datagrams()
+        return self._datagrams
+
+    def _count_datagrams(self) -> None:
+        """For `statistics`."""
+        if self._datagrams is None:
+            return
+        found, counts = self._counts, self._datagrams.counts
+        found.datagrams_sent, found.datagrams_acked = counts.sent, counts.acked
+        found.datagrams_lost, found.datagrams_received = counts.lost, counts.received
+        found.datagrams_refused = counts.refused
+        found.datagrams_dropped = counts.oversized + counts.unfetched
 
     def _must_live(self) -> None:
         if self.state not in LIVE:
