@@ -381,6 +381,8 @@ class Connection:
         was. A caller that is cancelled gives the attempt up. Raises OSError when it could not begin.
         """
         async with self._beside_lock:
+            while self._may_move() and self._line is not None and self._line.link.unacknowledged_control:  # noqa: ASYNC110
+                await trio.sleep(CLOSE_POLL)  # until the peer knows the session that is to be continued
             if not self._may_move():
                 return False
             line = await self._open(dial or self.dial_udp, self._line)

@@ -137,8 +137,8 @@ class Inbox:
         self._wake = wake
         self._once = once
         self._link: Link | None = None
-        self._older: Link | None = None
-        """The session that the present one continues, while it is there."""
+        self._older: list[Link] = []
+        """Sessions that the present one continues, while they are there."""
         self._unflushed = 0
         self._flushed_at = 0.0
         self._seen: dict[tuple[bytes, int], RangeSet] = {}
@@ -153,7 +153,8 @@ class Inbox:
 
     def move(self, link: Link) -> None:
         """A session beside the present one is up: the keeper moves its lanes there, one by one."""
-        self._older = self._link
+        if self._link is not None:
+            self._older = [one for one in (*self._older, self._link) if one.closed is None]
         self.attach(link)
 
     def add(self, subscription: Subscription) -> None:
@@ -177,7 +178,8 @@ class Inbox:
             subscription.fail(Refused(0, answer.error or "", " ".join(subscription.wanted.filters)))
 
     def detach(self) -> None:
-        self._link = self._older = None
+        self._link = None
+        self._older.clear()
 
     def on_record(self, event: RecordReceived, link: Link | None = None) -> None:
         """A record came, on the present session unless another is named.
@@ -234,7 +236,7 @@ class Inbox:
         if self._once:
             self._open.pop((head.source, head.lane, head.number), None)
         link = delivery.link
-        if link is not self._link and link is not self._older:
+        if link is not self._link and link not in self._older:
             return  # its session is over; if the keeper does not know, it will send the record again
         link.settle(head.lane, delivery.place, custody=True)
         self._unflushed += head.size
@@ -251,8 +253,8 @@ class Inbox:
         if self._unflushed and self._link is not None:
             self._unflushed = 0
             self._flushed_at = now
-            if self._older is not None:
-                self._older.flush()
+            for older in self._older:
+                older.flush()
             self._link.flush()
             self._wake()
 

@@ -5,6 +5,8 @@
 (3) A keeper at the other end never sees a gap it must remember: numbers that a filter or a rule took out are
     covered by a void before the next record of that source.
 (4) A live feed that cannot follow skips forward, and says by how many messages.
+(5) Moving to a link beside the present one, a lane goes on there when all that was sent on it here is settled. What
+    waits for custody is sent again there, where it is a repeat; nothing else is, and nothing is overtaken.
 
 Whatever happens here is synchronous: a commit, a receipt or new room calls :meth:`Feed.pump`.
 """
@@ -36,6 +38,9 @@ from stpd.store.base import Store, Stored
 PUMP_BYTES: Final = 1 << 20
 """Bytes of log taken up at a time, from memory or from disk."""
 
+HELD_BYTES: Final = 1 << 20
+"""Bytes a lane that moves holds of memory classes, for the round trip that settles it."""
+
 RETRY_FLOOR: Final = 0.2
 """Seconds before a refused record is sent again, at least."""
 
@@ -62,9 +67,14 @@ class Flight:
 
 @define
 class LaneState:
-    """One lane of a feed. ``next`` is the position to read next; ``not_before`` a time (seconds, monotonic)."""
+    """One lane of a feed. ``next`` is the position to read next; ``not_before`` a time (seconds, monotonic).
+
+    ``link``: where its flights are; another than the feed's while it moves (5), when ``held`` has the records of
+    memory classes that came meanwhile.
+    """
 
     next: int
+    link: Link
     cumulative: int = 0
     flights: deque[Flight] = field(factory=deque)
     backlog: deque[Stored] = field(factory=deque)
@@ -74,6 +84,8 @@ class LaneState:
     epoch: int = 0
     covered: dict[bytes, int] = field(factory=dict)
     set_aside: set[int] = field(factory=set)
+    held: deque[tuple[bytes, int]] = field(factory=deque)
+    held_bytes: int = 0
 
 
 @define
@@ -137,7 +149,7 @@ class Feed:
         self._retry = retry
         self._on_custody = on_custody
         self._now = now
-        self._lanes = {lane: LaneState(start) for lane, start in lanes.items()}
+        self._lanes = {lane: LaneState(start, link) for lane, start in lanes.items()}
         self._decisions: dict[str, Decision] = {}
         self.counts = FeedStatistics()
 
@@ -151,6 +163,8 @@ class Feed:
         """Send on *lane* what room and log allow. Cheap when there is nothing to do."""
         state = self._lanes.get(lane)
         if state is None or self.closed or state.reading or self._now() < state.not_before:
+            return
+        if state.link is not self.link and not self._cross(lane, state):
             return
         while self.link.lane_room(lane) > 0:
             if state.backlog:
@@ -189,13 +203,72 @@ class Feed:
         state = self._lanes.get(lane)
         if state is None or self.closed or not self._wanted(lane, record, head):
             return False
+        record = forward(record, head, self._node_id, 0)
+        if state.link is not self.link and not self._cross(lane, state):
+            if state.held_bytes + len(record) > HELD_BYTES:
+                self.counts.skipped_slow += head.messages
+                return False
+            state.held.append((record, head.messages))
+            state.held_bytes += len(record)
+            return True
+        return self._send_live(lane, record, head.messages)
+
+    def _send_live(self, lane: int, record: bytes, messages: int) -> bool:
         if self.link.lane_room(lane) <= 0:
-            self.counts.skipped_slow += head.messages
+            self.counts.skipped_slow += messages
             return False
-        self.link.send_record(lane, forward(record, head, self._node_id, 0))
+        self.link.send_record(lane, record)
         self.counts.sent_records += 1
-        self.counts.sent_messages += head.messages
+        self.counts.sent_messages += messages
         return True
+
+    # -- from one link to the next
+
+    def move(self, link: Link) -> None:
+        """Promise (5). *link* is connected, and its peer is the present one's."""
+        self.link = link
+        self.pump_all()
+
+    def cross(self) -> None:
+        """Let lanes go on over the new link that may; call it when all receipts that are here were told."""
+        for lane, state in self._lanes.items():
+            if state.link is not self.link and not self.closed and self._cross(lane, state, all_told=True):
+                self.pump(lane)
+
+    @property
+    def moving(self) -> bool:
+        """Is there a lane that has not left the older link?"""
+        return any(state.link is not self.link for state in self._lanes.values())
+
+    def _cross(self, lane: int, state: LaneState, *, all_told: bool = False) -> bool:
+        """Promise (5): does the lane go on over the new link? It does when the old one is gone, too.
+
+        *all_told*: flights that are here still wait for custody, not for a receipt that is about to be told.
+        """
+        old = state.link
+        if old.closed is None and (not old.lane_settled(lane) or (state.flights and not all_told)):
+            return False
+        state.link = self.link
+        if state.flights and (self.durable or self.history):
+            self._rewind(state, state.flights[0].first)
+        elif state.flights:
+            self.counts.skipped_slow += sum(flight.custody for flight in state.flights)
+            state.flights.clear()
+        held, state.held, state.held_bytes = state.held, deque(), 0
+        for record, messages in held:
+            self._send_live(lane, record, messages)
+        return True
+
+    @staticmethod
+    def _rewind(state: LaneState, position: int) -> None:
+        """All from *position* on is sent again."""
+        state.flights.clear()
+        state.skipped = None
+        state.backlog.clear()
+        state.covered.clear()
+        state.epoch += 1
+        state.reading = False
+        state.next = position
 
     def _behind_memory(self, lane: int, state: LaneState) -> None:
         if self.durable or self.history:
@@ -389,10 +462,10 @@ class Feed:
         if self._on_custody is not None:
             self._on_custody(lane, done.last)
 
-    def on_receipt(self, lane: int, custody: int) -> None:
-        """The peer has everything below place *custody* of this lane in custody (promise 1)."""
+    def on_receipt(self, link: Link, lane: int, custody: int) -> None:
+        """The peer has everything below place *custody* of this lane, on *link*, in custody (promise 1)."""
         state = self._lanes.get(lane)
-        if state is None:
+        if state is None or state.link is not link:
             return
         flights, done = state.flights, None
         while flights and flights[0].place < custody:
@@ -403,13 +476,15 @@ class Feed:
         if done is not None:
             self._advance(lane, done)
 
-    def on_refused(self, lane: int, place: int, code: int, retry_after: float, reason: str) -> None:
+    def on_refused(
+        self, link: Link, lane: int, place: int, code: int, retry_after: float, reason: str
+    ) -> None:
         """The peer refused *place*: go back to it (promise 2). *retry_after* in seconds (R-10-39).
 
         Places after it are forgotten: their records go out again and a receipt for the old places means nothing.
         """
         state = self._lanes.get(lane)
-        if state is None:
+        if state is None or state.link is not link:
             return
         places = [flight.place for flight in state.flights]
         if place not in places:
@@ -417,14 +492,9 @@ class Feed:
         index = places.index(place)
         flight = state.flights[index]
         self.counts.refused_records += 1
-        while len(state.flights) > index:
-            state.flights.pop()
-        state.skipped = None
-        state.backlog.clear()
-        state.covered.clear()
-        state.epoch += 1
-        state.reading = False
-        state.next = flight.first
+        before = list(state.flights)[:index]
+        self._rewind(state, flight.first)
+        state.flights.extend(before)
         if code in FINAL_CODES and flight.own >= 0:
             state.set_aside.add(flight.own)
             self._set_aside(lane, flight.own, reason)
@@ -456,6 +526,7 @@ class Feed:
         for state in self._lanes.values():
             state.flights.clear()
             state.backlog.clear()
+            state.held.clear()
 
     def next_position(self, lane: int) -> int:
         return self._lanes[lane].next

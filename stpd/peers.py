@@ -19,8 +19,8 @@ class UpstreamOwner(Protocol):
 
     def on_hello(self, peer: Peer) -> None: ...
     def on_subscribed(self, answer: Subscribed) -> None: ...
-    def on_goaway(self, goaway: Goaway) -> None: ...
-    def on_closed(self, closed: LinkClosed) -> None: ...
+    def on_goaway(self, peer: Peer, goaway: Goaway) -> None: ...
+    def on_closed(self, peer: Peer, closed: LinkClosed) -> None: ...
 
 
 @define(eq=False)
@@ -33,6 +33,14 @@ class Peer:
     door: Door | None = None
     feeds: dict[str, Feed] = field(factory=dict)
     live: dict[str, Subscribe] = field(factory=dict)
+    # make before break: two sessions of the same two nodes, the older one settling beside its successor
+    older: Peer | None = None
+    successor: Peer | None = None
+    leaving: list[Feed] = field(factory=list)
+    """Feeds that go on over the successor, and may have flights here."""
+    moving_since: float = 0.0
+    told_moved: bool = False
+    heard_moved: bool = False
 
     @property
     def session(self) -> AnySession:

@@ -1,7 +1,8 @@
 """Sessions: what a peer's link says is turned into doors, feeds and log lines.
 
 (1) A session is nothing to the relay before its HELLO, whose names are those of its certificate.
-(2) A newer session of the same source, or of the same keeper, replaces the older one (protocol §9).
+(2) A newer session of the same source, or of the same keeper, replaces the older one (protocol §9), or continues it
+    where its HELLO says so: then nothing ends, and no loss is told (stpd/moving.py).
 (3) A durable name is served to one session at a time: the newest.
 (4) The end of a session costs nobody else anything; what was on its way is sent again to its successor.
 """
@@ -27,6 +28,7 @@ from stp.link import (
     Link,
     LinkClosed,
     LinkEvent,
+    MovedReceived,
     ReceiptReceived,
     RecordReceived,
     RecordRejected,
@@ -39,6 +41,7 @@ from stp.link import (
     Writable,
 )
 from stp.topics import FilterSet, TopicError, check_filter
+from stpd import moving
 from stpd.access import Access
 from stpd.events import EventBus
 from stpd.hops import PUMP_BYTES, Feed
@@ -68,6 +71,8 @@ class SessionsStatistics:
     opened: int = 0
     closed: int = 0
     replaced: int = 0
+    moved: int = 0
+    """Sessions that another of the same two nodes took over from while they still carried."""
     subscriptions_refused: int = 0
     read_failures: int = 0
 
@@ -130,16 +135,23 @@ class Sessions:
         self._handle(link.app, link.process(self._now()))
         self._relay.flush()
 
-    def adopt(self, session: AnySession, upstream: UpstreamOwner | None = None) -> Peer:
-        """Make the link of a new session. *upstream* is told what concerns an uplink."""
+    def adopt(
+        self, session: AnySession, upstream: UpstreamOwner | None = None, continues: Peer | None = None
+    ) -> Peer:
+        """Make the link of a new session. *upstream* is told what concerns an uplink; *continues*: the session
+        of ours that this one was dialled beside, to take over from it.
+        """
+        hello = self._hello()
+        if continues is not None:
+            hello.continues = continues.session.id or b""
         link = Link(
             session,
-            self._hello(),
+            hello,
             wall_ms=self._wall_ms,
             name_of_source=self._name_of_source,
             may_speak_for=partial(self._may_speak_for, session, upstream is not None),
         )
-        peer = Peer(link, self._wall_ms(), upstream)
+        peer = Peer(link, self._wall_ms(), upstream, older=continues)
         link.app = peer
         session.app = link
         self.peers[id(session)] = peer
@@ -154,6 +166,8 @@ class Sessions:
                 self._handle(peer, found)
             for feed in list(peer.feeds.values()):
                 feed.pump_all()  # costs little when level; whatever wake-up was missed, a second is its price
+            if peer.successor is not None:
+                moving.settle(peer, now)
         for name in self._store.lagging():
             self.remove_reader(name, "it was further behind than its max_lag")
         self._relay.flush()
@@ -176,7 +190,9 @@ class Sessions:
                             self._later(wait, partial(self._resume, peer.door))
                 case ReceiptReceived(lane=lane, custody=custody):
                     for feed in peer.feeds.values():
-                        feed.on_receipt(lane, custody)
+                        feed.on_receipt(peer.link, lane, custody)
+                    if peer.successor is not None:
+                        moving.on_receipt(peer, lane, custody)
                 case Writable(lane=lane):
                     for feed in peer.feeds.values():
                         feed.pump(lane)
@@ -187,6 +203,8 @@ class Sessions:
                     self._on_refused(peer, event)
                 case _:
                     self._on_rare(peer, event)
+        if peer.successor is not None:
+            moving.settle(peer, self._now())
 
     def _on_rare(self, peer: Peer, event: LinkEvent) -> None:
         match event:
@@ -206,17 +224,24 @@ class Sessions:
                 self.reports[peer.node] = read_report(status.fields, self._wall_ms())
             case GoawayReceived(goaway=goaway):
                 if peer.upstream is not None:
-                    peer.upstream.on_goaway(goaway)
+                    peer.upstream.on_goaway(peer, goaway)
+            case MovedReceived():
+                peer.heard_moved = True
             case LinkClosed():
                 self._on_closed(peer, event)
             case DrainCreditReceived():
                 pass  # backlog leaves as fast as credit allows
 
     def _on_hello(self, peer: Peer, hello: Hello) -> None:
+        older = peer.older if peer.upstream is not None else self._newest.get(hello.store)
+        peer.older = older if moving.continued_by(older, peer, hello) else None
         self._replace_older(peer, hello)
         grant = None if peer.upstream is not None else self._access().grant(hello.node)
         limit = None if peer.upstream is not None else self._limit_of(hello.node)
         peer.door = Door(peer.link, hello.node, grant, peer.upstream is not None, limit)
+        if peer.older is not None:
+            self._begin_move(peer.older, peer)
+            return
         self.stats.opened += 1
         log.info(
             "session_open",
@@ -233,6 +258,20 @@ class Sessions:
         if peer.upstream is not None:
             peer.upstream.on_hello(peer)
 
+    def _begin_move(self, older: Peer, peer: Peer) -> None:
+        """A session beside the one before: the same peer, not a new one."""
+        self.stats.moved += 1
+        moving.begin(older, peer, self._now())
+        log.info(
+            "session_moves", node=peer.node, session=session_id(peer.session), was=session_id(older.session)
+        )
+        text = f"{peer.node} moves to a fresh session from {address_of(peer.session)}"
+        self._events.publish("session.moved", text, node=peer.node, session=session_id(peer.session))
+        if peer.upstream is not None:
+            moving.take_all(peer)
+            peer.upstream.on_hello(peer)
+        moving.settle(older, self._now())
+
     def _replace_older(self, peer: Peer, hello: Hello) -> None:
         """Promise (2, R-9-7)."""
         names: list[object] = [hello.store]
@@ -243,13 +282,17 @@ class Sessions:
             if other is not None and other.node != hello.node:
                 continue  # another node's source: the link refuses what comes under it
             self._newest[name] = peer
-            if other is not None and other is not peer and other.link.closed is None:
+            if other is None or other is peer or other is peer.older:
+                continue
+            if other.link.closed is None:
                 self.stats.replaced += 1
                 other.link.close(ErrorCode.REPLACED, f"a newer session of {hello.node} is here", self._now())
 
     def _on_refused(self, peer: Peer, event: RefusedReceived) -> None:
-        for feed in peer.feeds.values():
-            feed.on_refused(event.lane, event.place, event.code, event.retry_after_ms / 1000, event.reason)
+        for feed in (*peer.feeds.values(), *peer.leaving):
+            feed.on_refused(
+                peer.link, event.lane, event.place, event.code, event.retry_after_ms / 1000, event.reason
+            )
         silent = self._throttle.passes((peer.node, event.lane, event.code), self._now())
         if silent is not None:
             log.warning(
@@ -271,6 +314,15 @@ class Sessions:
         for feed in peer.feeds.values():
             self._relay.detach(feed)
         peer.feeds.clear()
+        if peer.successor is not None:
+            moving.over(peer)
+            log.info(
+                "session_settled", node=peer.node, session=session_id(peer.session), reason=closed.reason
+            )
+            self._tell_upstream(peer, closed)
+            return
+        if peer.older is not None and peer.older.successor is peer and peer.older.link.closed is None:
+            peer.older.link.close(ErrorCode.REPLACED, "its successor has ended", self._now())
         if peer.link.peer is not None:
             self.stats.closed += 1
             if peer.link.peer.kind in KEEPER_KINDS and peer.upstream is None:
@@ -285,8 +337,12 @@ class Sessions:
             node=peer.node,
             session=session_id(peer.session),
         )
+        self._tell_upstream(peer, closed)
+
+    @staticmethod
+    def _tell_upstream(peer: Peer, closed: LinkClosed) -> None:
         if peer.upstream is not None:
-            peer.upstream.on_closed(closed)
+            peer.upstream.on_closed(peer, closed)
 
     # -- subscriptions
 
@@ -341,6 +397,7 @@ class Sessions:
 
     def _subscribe_live(self, peer: Peer, wanted: Subscribe, starts: dict[int, int] | None = None) -> None:
         """All live subscriptions of a session are one feed: a message that two of them match goes out once."""
+        moving.take_live(peer)
         if starts is None:
             starts = self._starts(wanted)
         peer.live[wanted.id] = wanted
@@ -359,7 +416,10 @@ class Sessions:
     def _subscribe_durable(self, peer: Peer, wanted: Subscribe, starts: dict[int, int]) -> None:
         assert peer.link.peer is not None
         name = f"{peer.node}/{wanted.name}"
-        self._detach_elsewhere(name)
+        if moving.take_durable(peer, wanted.id, name, FilterSet(wanted.filters)):
+            peer.link.send(Subscribed(wanted.id))
+            return
+        self._detach_elsewhere(name, heir=peer)
         keeper = peer.link.peer.kind in KEEPER_KINDS
         self._store.add_hop(
             Hop(
@@ -380,18 +440,20 @@ class Sessions:
         peer.link.send(Subscribed(wanted.id))
         self._relay.attach(feed, LANES)
 
-    def _detach_elsewhere(self, name: str) -> None:
+    def _detach_elsewhere(self, name: str, heir: Peer | None = None) -> None:
         """Promise (3, R-10-40)."""
         for other in list(self.peers.values()):
             for sub_id, feed in list(other.feeds.items()):
                 if feed.name == name and feed.durable:
                     self._relay.detach(feed)
                     del other.feeds[sub_id]
-                    if other.link.closed is None:
+                    if other.link.closed is None and (heir is None or other is not heir.older):
                         reason = f"durable name {name} is read by a newer session"
                         other.link.send(Subscribed(sub_id, ok=False, error=reason))
 
     def _on_unsubscribe(self, peer: Peer, sub_id: str) -> None:
+        if peer.successor is not None and sub_id not in peer.live and sub_id not in peer.feeds:
+            peer = peer.successor  # said on the session before, of what goes on on this one
         if peer.live.pop(sub_id, None) is not None:
             feed = peer.feeds[""]
             if peer.live:

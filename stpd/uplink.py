@@ -3,6 +3,8 @@
 (1) There is one hop and one cursor, whichever upstream serves it: what is not in custody is sent again to the next.
 (2) Waiting between attempts grows with jitter to RETRY_MAX; one attempt is under way at a time.
 (3) A refusal (another name, another CA, expired) is said in words, logged once per change, and tried again slowly.
+(4) A session is broken only after the next one carries (R-9-4): by age, when our certificate was renewed, and
+    whenever somebody asks for it. That is no outage, and told as none.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import structlog
 import trio
 from attrs import define
 
-from stp.control import Goaway, Status, Subscribe, Subscribed
+from stp.control import Goaway, Hello, Status, Subscribe, Subscribed
 from stp.core.errors import ErrorCode
 from stp.core.verbs import AnySession
 from stp.identity import Address
@@ -49,6 +51,16 @@ REPORT_INTERVAL: Final = 5.0
 STEADY: Final = 5.0
 """Seconds a session must have lasted for the wait to start small again."""
 
+REHANDSHAKE: Final = 24 * 3600.0
+SPREAD: Final = 0.1
+"""Seconds until a session is replaced by a fresh one, and by what share of it that varies (R-9-4)."""
+
+POLL: Final = 0.005
+"""Seconds between looks at what makes no event."""
+
+RENEWAL_RETRY: Final = 60.0
+"""Seconds until the next attempt when a fresh session could not be had; half to whole of it."""
+
 REFUSALS: Final = frozenset({ErrorCode.AUTH, ErrorCode.EXPIRED, ErrorCode.REVOKED})
 
 
@@ -81,8 +93,11 @@ class Uplink:
         events: EventBus,
         wall_ms: Callable[[], int],
         jitter: Callable[[], float] = random.random,
+        rehandshake: Callable[[], float] = lambda: REHANDSHAKE,
     ) -> None:
-        """*dial(address, node, token)* starts a session; *on_time_heard* takes the upstream's clock (Unix s)."""
+        """*dial(address, node, token)* starts a session; *on_time_heard* takes the upstream's clock (Unix s);
+        *rehandshake()* says after how many seconds a session is replaced by a fresh one, ± SPREAD.
+        """
         self.targets = list(targets)
         self.stopping = False
         self.state = "waiting"
@@ -102,6 +117,13 @@ class Uplink:
         self._events = events
         self._wall_ms = wall_ms
         self._jitter = jitter
+        self._rehandshake = rehandshake
+        self._address: tuple[str, int] | None = None
+        self._beside: Peer | None = None
+        """Dialled while `peer` is up; takes over when its HELLO has come."""
+        self._beside_ready = trio.Event()
+        self._beside_lock = trio.Lock()
+        self._renewed = trio.Event()
         self._closed = trio.Event()
         self._slot_s = 0.0
         self._behind_since_ms = 0
@@ -152,22 +174,88 @@ class Uplink:
             return False
         self._closed = trio.Event()
         try:
-            session = self._dial(address, target.address.node, target.token)
+            session = self._dial(address, target.address.node, self._take_token(target))
         except OSError as error:
             self._failed(f"cannot dial {address[0]}:{address[1]}: {error.strerror or error}")
             return False
-        target.token = b""
+        self._address = address
         self.peer = self._sessions.adopt(session, upstream=self)
         self._refused = False
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._report)
+                nursery.start_soon(self._keep_fresh)
                 await self._closed.wait()
                 nursery.cancel_scope.cancel()
         finally:
             self.feed = None
-            target.token = self.peer.link.token
+            self._keep_token(target)
         return self._refused
+
+    def _take_token(self, target: Target) -> bytes:
+        """The newest token that the target gave us; it is used up."""
+        self._keep_token(target)
+        token, target.token = target.token, b""
+        return token
+
+    def _keep_token(self, target: Target) -> None:
+        if self.peer is not None and self.peer.link.token:
+            target.token, self.peer.link.token = self.peer.link.token, b""
+
+    # -- a second session beside the present one
+
+    async def dial_beside(self, dial: Callable[[], AnySession] | None = None) -> bool:
+        """Dial a second session beside the present one, and move over to it when its HELLO has come (4).
+
+        *dial* starts it, over whatever carrier; by default as the first was dialled. Both directions go on over the
+        new session lane by lane, when what was sent on the old one is settled; the old one then closes.
+
+        True: moved. False: there was nothing to move from, or the attempt failed; the present session stands as it
+        was. A caller that is cancelled gives the attempt up. Raises OSError when it could not begin.
+        """
+        async with self._beside_lock:
+            while self._may_move() and self.peer is not None and self.peer.link.unacknowledged_control:  # noqa: ASYNC110
+                await trio.sleep(POLL)  # until the upstream knows the session that is to be continued
+            if not self._may_move() or self._address is None:
+                return False
+            target = self.targets[self._current]
+            if dial is None:
+                session = self._dial(self._address, target.address.node, self._take_token(target))
+            else:
+                session = dial()
+            beside = self._beside = self._sessions.adopt(session, upstream=self, continues=self.peer)
+            ready = self._beside_ready = trio.Event()
+            try:
+                await ready.wait()
+            finally:
+                if self._beside is beside:
+                    self._beside = None
+                    beside.link.close(ErrorCode.NO_ERROR, "", trio.current_time())
+            return self.peer is beside
+
+    def _may_move(self) -> bool:
+        return self.state == "connected" and self.peer is not None and not self.stopping
+
+    def renewed(self) -> None:
+        """Our certificate was renewed: a fresh session shall show it."""
+        self._renewed.set()
+
+    async def _keep_fresh(self) -> None:
+        """(4), from one session to the next; cancelled when there is none any more."""
+        wait = self._age()
+        while True:
+            self._renewed = trio.Event()
+            with trio.move_on_after(wait):
+                await self._renewed.wait()
+            try:
+                fresh = self.state == "connected" and await self.dial_beside()
+            except OSError as error:
+                log.warning("uplink_not_renewed", reason=error.strerror or str(error))
+                fresh = False
+            wait = self._age() if fresh else RENEWAL_RETRY * (0.5 + self._jitter() / 2)
+
+    def _age(self) -> float:
+        return self._rehandshake() * (1 - SPREAD + 2 * SPREAD * self._jitter())
 
     async def _resolve(self, target: Address) -> tuple[str, int]:
         with trio.move_on_after(DNS_TIMEOUT):
@@ -207,6 +295,9 @@ class Uplink:
         target = self.targets[self._current]
         hello = peer.link.peer
         assert hello is not None
+        if peer is self._beside:
+            self._move(peer, target, hello)
+            return
         self.attempts = 0
         self.last_error = ""
         self._reported = ""
@@ -216,6 +307,23 @@ class Uplink:
         log.info("uplink_connected", upstream=hello.node, url=target.url)
         self._events.publish("uplink.connected", f"connected to {hello.node}", node=hello.node)
         self.feed = self._sessions.attach_uplink(peer, HOP, takes=self._takes, on_custody=self._on_custody)
+        self._subscribe(peer, target)
+
+    def _move(self, peer: Peer, target: Target, hello: Hello) -> None:
+        """The session beside the present one is up: it continues it, or replaces it if the upstream has changed."""
+        older, self.peer, self._beside = self.peer, peer, None
+        if hello.time_ms > 0:
+            self._on_time_heard(hello.time_ms / 1000)
+        if peer.older is None:
+            if older is not None:
+                older.link.close(ErrorCode.NO_ERROR, "moved", trio.current_time())
+            self.feed = self._sessions.attach_uplink(
+                peer, HOP, takes=self._takes, on_custody=self._on_custody
+            )
+        self._subscribe(peer, target)
+        self._beside_ready.set()
+
+    def _subscribe(self, peer: Peer, target: Target) -> None:
         if target.subscribe:
             peer.link.send(Subscribe(id="down", filters=target.subscribe, name="down", start="earliest"))
 
@@ -224,13 +332,22 @@ class Uplink:
             self.last_error = f"the upstream refuses what we subscribe to: {answer.error}"
             log.error("uplink_subscribe_refused", reason=answer.error)
 
-    def on_goaway(self, goaway: Goaway) -> None:
+    def on_goaway(self, peer: Peer, goaway: Goaway) -> None:
+        if peer is not self.peer:
+            return
         self._slot_s = goaway.slot_ms / 1000
         log.info("uplink_goaway", reason=goaway.reason, slot_ms=goaway.slot_ms)
 
-    def on_closed(self, closed: LinkClosed) -> None:
+    def on_closed(self, peer: Peer, closed: LinkClosed) -> None:
         was = self.state
         code = closed.code.name if isinstance(closed.code, ErrorCode) else str(closed.code)
+        if peer is self._beside:
+            self._beside = None
+            self._beside_ready.set()
+            log.warning("uplink_not_renewed", reason=f"{code.lower()} {closed.reason}".strip())
+            return
+        if peer is not self.peer:
+            return  # one that has settled
         self._refused = closed.code in REFUSALS
         self._failed(f"{code.lower()}: {closed.reason}" if closed.reason else code.lower())
         if was == "connected":

@@ -80,6 +80,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stpd.hops",
     "stpd.relay",
     "stpd.peers",
+    "stpd.moving",
     "stpd.sessions",
     "stpd.uplink",
     "stpd.managed stpd.services",

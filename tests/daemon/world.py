@@ -69,6 +69,8 @@ class World:
         self.clock = trio.testing.MockClock()
         self.keepers: list[Keeper] = []
         self.clients: list[Client] = []
+        self.libraries: list[Any] = []
+        """Clients that are the library's own (tests/daemon/library.py)."""
 
     async def hub(self, name: str = "hub-1", **options: Any) -> Keeper:
         return await self._keeper(name, "hub", None, options)
@@ -130,10 +132,13 @@ class World:
     def describe(self) -> str:
         return "; ".join(
             [f"{one.name}: {[one.store.behind(hop, 3) for hop in one.store.hops]}" for one in self.keepers]
-            + [f"{one.name}: {one.describe()}" for one in self.clients]
+            + [f"{one.name}: {one.describe()}" for one in (*self.clients, *self.libraries)]
         )
 
     async def __aenter__(self) -> World:
+        current = trio.lowlevel.current_clock()
+        assert isinstance(current, trio.testing.MockClock)
+        current.jump(self.net.now - trio.current_time())
         self._nursery_manager = trio.open_nursery()
         self.nursery = await self._nursery_manager.__aenter__()
         return self
