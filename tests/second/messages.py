@@ -221,3 +221,9 @@ def read_refused(body: bytes) -> tuple[int, int, int, int, str]:
     """(lane, place, code, retry_after_ms, reason)."""
     (lane, place, code, retry_after_ms), at = _unpack(">BQHI", body, 0)
     return lane, place, code, retry_after_ms, body[at:].decode()
+
+
+def read_drain_credit(body: bytes) -> tuple[int, int]:
+    """(lane, bytes per second)."""
+    (lane, rate), _ = _unpack(">BI", body, 0)
+    return lane, rate

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hmac
 import struct
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from tests.second.keys import VERSION, Aead, Direction
@@ -77,3 +79,19 @@ def read_data(keys: Direction, datagram: bytes) -> Data | None:
         return None
     cid, wire = datagram[1:9], int.from_bytes(datagram[9:17], "big")
     return Data(datagram[0] & 1, cid, wire ^ keys.whitening(cid), datagram[:17], datagram[17:])
+
+
+def listener_cid(key: bytes, instance: int, random: bytes) -> bytes:
+    """R-8-1. A client has no use for it; it shows that the text says how."""
+    head = bytes([instance]) + random
+    return head + hmac.digest(key, head, "sha256")[:3]
+
+
+def reset_token(key: bytes, cid: bytes) -> bytes:
+    """R-8-4."""
+    return hmac.digest(key, cid, "sha256")[:16]
+
+
+def may_be_reset(datagram: bytes, tokens: Iterable[bytes]) -> bool:
+    """R-8-5, once the AEAD failed: the last 16 bytes are one of the peer's tokens."""
+    return len(datagram) >= 21 and any(hmac.compare_digest(datagram[-16:], token) for token in tokens)

@@ -375,8 +375,8 @@ class Session:
         if data is None or content is None:
             self.counts["not opened"] += 1
             tokens = [token for _, token in self._peer_cids.values()]
-            if self.connected and any(hmac.compare_digest(datagram[-16:], token) for token in tokens):
-                raise Closed(-1, "RESET")  # R-8-5
+            if self.connected and packets.may_be_reset(datagram, tokens):
+                raise Closed(-1, "RESET")
             return
         if data.number not in self._data.received:
             self._data.received.add(data.number)
