@@ -57,7 +57,7 @@ def _keys(v: dict[str, Any]) -> list[str]:
         "`Expand` of §3, then the keys of a DCID without and with a network_key.",
         block(v["expand"][0]),
     ]
-    shown: tuple[str, ...] = (
+    shown = (
         "dcid",
         "network_key",
         "initial",
@@ -78,7 +78,7 @@ def _keys(v: dict[str, Any]) -> list[str]:
 
 
 def _packets(v: dict[str, Any]) -> list[str]:
-    shown: tuple[str, ...] = (
+    shown = (
         "keys_from_dcid",
         "network_key",
         "direction",
@@ -106,13 +106,13 @@ def _packets(v: dict[str, Any]) -> list[str]:
     }
     parts.append(block(pick(client, *shown) | {"frames": frames} | sums))
     parts += ["### 13.4 RETRY", "`odcid` is the DCID of the INIT that provoked it."]
-    shown: tuple[str, ...] = ("odcid", "network_key", "client_scid", "new_cid", "token", "packet")
-    parts += [block(pick(case, *shown)) for case in v["retry"][:2]]
+    by_retry = ("odcid", "network_key", "client_scid", "new_cid", "token", "packet")
+    parts += [block(pick(case, *by_retry)) for case in v["retry"][:2]]
     parts += [
         "### 13.5 Whitening and DATA",
         "`x_0` is the sender's first secret, `updates` how often its keys were updated; `w` and `pn` are decimal.",
     ]
-    shown: tuple[str, ...] = (
+    by_data = (
         "suite",
         "x_0",
         "updates",
@@ -126,7 +126,7 @@ def _packets(v: dict[str, Any]) -> list[str]:
         "packet",
     )
     names = ("client, phase 0", "client, phase 1: next key, same w", "server, phase 0", "client, ChaCha20")
-    parts += [block(pick(case, *shown)) for case in by_name(v["data_packets"], *names)]
+    parts += [block(pick(case, *by_data)) for case in by_name(v["data_packets"], *names)]
     parts += ["### 13.6 CIDs, reset tokens, RESET", "The RESET answers a packet of 1,200 bytes."]
     parts.append(block(pick(v["cid"][1], "cid_key", "instance", "r", "cid")))
     parts.append(block(pick(v["reset"][0], "reset_key", "cid", "token", "datagram")))
@@ -188,14 +188,14 @@ def _messages(v: dict[str, Any]) -> list[str]:
         "### 13.10 Records",
         "One as its publisher sends it; a keeper's, with two batches and its hop; a part of a record; a void.",
     ]
-    shown: tuple[str, ...] = ("kind", "lane", "batches", "source", "number", "crc", "age_ds")
-    names = (
+    shown = ("kind", "lane", "batches", "source", "number", "crc", "age_ds")
+    kinds = (
         "data, from its publisher: one batch, no hops",
         "data, all batches of one topic",
         "part, batches of one topic left of the mixed record",
         "void, numbers 18 to 20 filtered",
     )
-    for case in by_name(v["records"], *names):
+    for case in by_name(v["records"], *kinds):
         hops = {"hops": " ".join(case["hops"])}
         ends = pick(case, "prefix") if case["kind"] != "void" else pick(case, "to", "reason", "messages")
         parts.append(block(pick(case, *shown) | hops | ends | {"record": case["bytes"]}))
