@@ -24,7 +24,7 @@ from typing import Final, Protocol, TypeAlias
 import trio
 from attrs import Factory, define, evolve
 
-from stp.carriers.udp import LOOPBACK_DATAGRAM, UdpCarrier, datagram_for
+from stp.carriers.udp import LOOPBACK_DATAGRAM, UdpCarrier, sizes_for
 from stp.control import Goaway, Hello
 from stp.core.endpoint import Endpoint, EndpointConfig
 from stp.core.errors import ErrorCode, StpError
@@ -311,7 +311,7 @@ class Connection:
                 network_keys=self._network_keys(),
                 random_bytes=os.urandom,
                 max_datagram=LOOPBACK_DATAGRAM,
-                datagram_for=datagram_for,
+                sizes_for=sizes_for,
                 keepalive=self._keepalive,
             )
         )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 from urllib.parse import urlsplit
 
+from stp.core.sizing import BASE_DATAGRAM, MAX_DATAGRAM
 from stp.topics import TopicError, check_filter
 from stpd.problems import Problem, nearest, shown
 from stpd.schema import BUILT_IN_CLASSES, MAX_CLASSES, MIB, ClassConfig, Config, UpstreamConfig
@@ -39,6 +40,7 @@ def check(config: Config) -> list[Problem]:
     parts: Sequence[Callable[[Config], Problems]] = (
         _identity,
         _listen,
+        _transport,
         _enrol,
         _store,
         _limits,
@@ -113,6 +115,13 @@ def _listen(config: Config) -> Problems:
         yield Problem(
             path="listen.udp", message="a hub that listens nowhere", hint='write udp = ["0.0.0.0:9000"]'
         )
+
+
+def _transport(config: Config) -> Problems:
+    size = config.transport.max_datagram
+    if not BASE_DATAGRAM <= size <= MAX_DATAGRAM:
+        hint = f"write {BASE_DATAGRAM} to {MAX_DATAGRAM}; 1472 suits Ethernet, 8972 its jumbo frames"
+        yield Problem(path="transport.max_datagram", message=f"{size} bytes are no packet size", hint=hint)
 
 
 def _enrol(config: Config) -> Problems:

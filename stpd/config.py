@@ -35,6 +35,7 @@ from stpd.schema import (
     LogConfig,
     ManagementConfig,
     StoreConfig,
+    TransportConfig,
     UpstreamConfig,
 )
 
@@ -51,6 +52,7 @@ __all__ = [
     "ManagementConfig",
     "Problem",
     "StoreConfig",
+    "TransportConfig",
     "UpstreamConfig",
     "changes",
     "check_config",

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +22,7 @@ import structlog
 import trio
 
 from stp.batch import node_id
-from stp.carriers.udp import LOOPBACK_DATAGRAM, UdpCarrier, datagram_for
+from stp.carriers.udp import LOOPBACK_DATAGRAM, UdpCarrier, sizes_for
 from stp.control import Hello
 from stp.core.endpoint import Endpoint, EndpointConfig
 from stp.core.errors import ErrorCode
@@ -279,7 +280,7 @@ class Daemon:
         return carrier
 
     def _endpoint_config(self, *, accept: bool) -> EndpointConfig:
-        limits = self.config.limits
+        limits, largest = self.config.limits, self.config.transport.max_datagram
         return EndpointConfig(
             tls=self.contexts.tls,
             leaf_der=self.contexts.leaf_der,
@@ -288,8 +289,8 @@ class Daemon:
             authorise=self._authorise,
             random_bytes=os.urandom,
             on_refused=self._on_handshake_refused,
-            max_datagram=LOOPBACK_DATAGRAM,
-            datagram_for=datagram_for,
+            max_datagram=max(LOOPBACK_DATAGRAM, largest),
+            sizes_for=partial(sizes_for, largest=largest),
             instance=len(self._endpoints) & 0xFF,
             cid_key=self._secrets[:32],
             reset_key=self._secrets[32:],

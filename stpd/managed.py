@@ -152,6 +152,8 @@ class Managed:
             packets_in=numbers.datagrams_in,
             packets_out=numbers.datagrams_out,
             packets_lost=numbers.packets_lost,
+            packet_bytes=numbers.datagram,
+            black_holes=numbers.black_holes,
             messages_in=peer.door.messages_in if peer.door is not None else 0,
             messages_out=sum(feed.counts.sent_messages for feed in peer.feeds.values()),
             subscriptions=len(peer.live) + sum(feed.durable for feed in peer.feeds.values()),

@@ -46,7 +46,7 @@ class Snapshot:
     drops: Mapping[str, int] = Factory(dict)
     """Packets thrown away, by reason."""
     traffic: Mapping[str, int] = Factory(dict)
-    """rx_bytes, tx_bytes, rx_datagrams, tx_datagrams of all sockets."""
+    """rx_bytes, tx_bytes, rx_datagrams, tx_datagrams of all sockets; black_holes of all sessions."""
     socket_errors: Mapping[str, int] = Factory(dict)
     """By errno name."""
     store: Mapping[str, int] = Factory(dict)
@@ -149,6 +149,11 @@ def _transport(s: Snapshot) -> Iterator[Metric]:
     }
     for key, (name, text) in names.items():
         yield _counter(name, text, s.traffic.get(key, 0))
+    yield _counter(
+        "path_black_holes",
+        "How often full packets of a session stopped arriving, and became smaller.",
+        s.traffic.get("black_holes", 0),
+    )
     yield _by(CounterMetricFamily, "packets_dropped", "Packets thrown away unanswered.", "reason", s.drops)
     yield _by(CounterMetricFamily, "socket_errors", "Failed socket calls.", "errno", s.socket_errors)
     yield _gauge(

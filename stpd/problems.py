@@ -52,7 +52,8 @@ def shown(value: Any) -> str:
         return str(value)
     if SECRET.search(value):
         return "what stands there"
-    return f'"{value[:60]}"' + ("…" if len(value) > 60 else "")
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value[:60])
+    return f'"{text}"' + ("…" if len(value) > 60 else "")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

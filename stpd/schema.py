@@ -80,6 +80,9 @@ class TransportConfig:
 
     congestion: Controller = "tolerant"
     """How much may be under way. cubic and newreno take every loss for a full queue, as their RFCs say."""
+    max_datagram: int = 1472
+    """Bytes of UDP payload up to which a path is probed, over IPv4; over IPv6 20 less, as its header is longer.
+    1472 is what Ethernet carries, 8972 fits its jumbo frames; 1200: nothing is probed."""
 
 
 @define(kw_only=True)

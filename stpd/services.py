@@ -159,6 +159,8 @@ class Services:
     def _traffic(self) -> tuple[dict[str, int], dict[str, int]]:
         traffic: Counter[str] = Counter()
         errors: Counter[str] = Counter()
+        for endpoint in self._daemon.endpoints():
+            traffic["black_holes"] += endpoint.statistics().black_holes
         for carrier in self._daemon.carriers():
             found = carrier.statistics()
             for name in ("rx_bytes", "tx_bytes", "rx_datagrams", "tx_datagrams"):

@@ -119,6 +119,10 @@ class SessionStatus:
     packets_in: int = 0
     packets_out: int = 0
     packets_lost: int = 0
+    packet_bytes: int = 0
+    """UDP payload of full packets, as far as probing has come."""
+    black_holes: int = 0
+    """How often full packets stopped arriving, and became smaller."""
     messages_in: int = 0
     messages_out: int = 0
     subscriptions: int = 0

@@ -12,7 +12,7 @@ import trio
 from attrs import define, field
 
 from stp.carriers import udp
-from stp.carriers.udp import LOOPBACK_DATAGRAM, UdpCarrier, datagram_for
+from stp.carriers.udp import LOOPBACK_DATAGRAM, UdpCarrier, sizes_for
 
 pytestmark = pytest.mark.real
 
@@ -33,6 +33,7 @@ class Recorder:
     ready: list[Any] = field(factory=list)
     deadline: float | None = None
     fired: list[float] = field(factory=list)
+    refused: list[tuple[Any, int]] = field(factory=list)
     echo: bool = False
     arrived: trio.Event = field(factory=trio.Event)
     rang: trio.Event = field(factory=trio.Event)
@@ -45,6 +46,9 @@ class Recorder:
         if self.echo:
             self.outgoing += [Sent(addr, piece) for piece in pieces]
         self.arrived.set()
+
+    def on_too_large(self, addr: Any, size: int, now: float) -> None:
+        self.refused.append((addr, size))
 
     def datagrams_to_send(self, now: float) -> list[Sent]:
         out, self.outgoing = self.outgoing, []
@@ -364,15 +368,16 @@ async def test_a_burst_of_bulk_does_not_starve_the_timers(nursery: trio.Nursery)
 
 
 @pytest.mark.parametrize(
-    ("host", "size"),
+    ("host", "sizes"),
     [
-        ("127.0.0.1", LOOPBACK_DATAGRAM),
-        ("::1", LOOPBACK_DATAGRAM),
-        ("::ffff:127.0.0.9", LOOPBACK_DATAGRAM),
-        ("192.0.2.1", 1200),
-        ("2001:db8::1", 1200),
-        ("::ffff:192.0.2.1", 1200),
+        ("127.0.0.1", (LOOPBACK_DATAGRAM, LOOPBACK_DATAGRAM)),
+        ("::1", (LOOPBACK_DATAGRAM, LOOPBACK_DATAGRAM)),
+        ("::ffff:127.0.0.9", (LOOPBACK_DATAGRAM, LOOPBACK_DATAGRAM)),
+        ("192.0.2.1", (1200, 1472)),
+        ("2001:db8::1", (1200, 1452)),
+        ("::ffff:192.0.2.1", (1200, 1472)),
     ],
 )
-def test_only_the_loopback_is_known_to_carry_more(host: str, size: int) -> None:
-    assert datagram_for((host, 9000)) == size
+def test_only_the_loopback_is_known_to_carry_more(host: str, sizes: tuple[int, int]) -> None:
+    """R-6-7: elsewhere packets begin with 1,200 bytes, and are probed up to what Ethernet carries."""
+    assert sizes_for((host, 9000)) == sizes

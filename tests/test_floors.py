@@ -25,7 +25,7 @@ PACKAGES: Final = ("stp", "stpd", "stpctl")
 
 FLOORS: Final[tuple[str, ...]] = (
     # -- stp/core: bytes and time in; bytes, events and a deadline out
-    "stp.core.errors stp.core.ranges stp.core.congestion stp.core.flow stp.core.admission",
+    "stp.core.errors stp.core.ranges stp.core.congestion stp.core.flow stp.core.admission stp.core.sizing",
     "stp.core.wire stp.core.packet stp.core.frames stp.core.crypto_stream stp.core.streams stp.core.recovery"
     " stp.core.cubic stp.core.unreliable",
     "stp.core.keys stp.core.params stp.core.tokens stp.core.acks stp.core.path stp.core.resets stp.core.streamset"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import trio
 from attrs import define, field
 
-from stp.core.path import BASE_DATAGRAM
+from stp.core.sizing import BASE_DATAGRAM
 
 if TYPE_CHECKING:
     from stp.core.endpoint import Endpoint
@@ -40,11 +40,15 @@ DRAIN_BYTES: Final = 256 * 1024
 LOOPBACK_DATAGRAM: Final = 8_972
 """Bytes of UDP payload between two processes of one host, whose path is known: a packet costs what it costs, small
 or large. What we say we can receive (`max_datagram`) is no less."""
+LARGEST_DATAGRAM: Final = 1_472
+"""Bytes of UDP payload up to which paths are probed by default: what Ethernet carries over IPv4."""
 RESOLVE_TIMEOUT: Final = 5.0
 """Seconds that a name may take."""
 
 IP_UDP_HEADERS: Final = 48
 """IPv6 and UDP."""
+IPV6_EXTRA: Final = 20
+"""Bytes by which the header of IPv6 is longer than that of IPv4."""
 
 # linux/udp.h, linux/in.h, linux/in6.h: Python names none of these
 SOL_UDP: Final = 17
@@ -84,12 +88,15 @@ class UdpStatistics:
     """Sends and receives that failed, by errno name."""
 
 
-def datagram_for(addr: Address) -> int:
-    """For `EndpointConfig.datagram_for`: what full packets to this address may have, in bytes of UDP payload."""
+def sizes_for(addr: Address, largest: int = LARGEST_DATAGRAM) -> tuple[int, int]:
+    """For `EndpointConfig.sizes_for`: bytes of full packets to this address at first, and what they are probed up to.
+
+    `largest` is for IPv4. The loopback is known, and not probed before something is lost there.
+    """
     host = addr[0].removeprefix("::ffff:")
     if (host == "::1" or host.startswith("127.")) and _loopback_carries(LOOPBACK_DATAGRAM):
-        return LOOPBACK_DATAGRAM
-    return BASE_DATAGRAM
+        return LOOPBACK_DATAGRAM, LOOPBACK_DATAGRAM
+    return BASE_DATAGRAM, largest - (IPV6_EXTRA if ":" in host else 0)
 
 
 @functools.cache
@@ -335,6 +342,8 @@ class UdpCarrier:
             raise
         except OSError as exc:
             self._count_error(exc)
+            if exc.errno == errno.EMSGSIZE:
+                self._endpoint.on_too_large(address, len(data), trio.current_time())
             return False
         counts.tx_sends += 1
         counts.tx_datagrams += 1

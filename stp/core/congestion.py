@@ -51,6 +51,9 @@ class Congestion(Protocol):
     def on_persistent_congestion(self) -> None:
         """Nothing arrived for so long that all is to be found out again (RFC 9002 §7.6)."""
 
+    def on_packet_size(self, packet: int) -> None:
+        """Full packets have `packet` bytes from now on."""
+
 
 def initial_window(packet: int) -> int:
     """RFC 9002 §7.2, for packets of `packet` bytes."""
@@ -98,6 +101,11 @@ class NewReno:
         self.cwnd = K_MINIMUM_WINDOW_PACKETS * self._packet
         self.recovery_start = -1.0
 
+    def on_packet_size(self, packet: int) -> None:
+        """RFC 9002 §7.2: the least window is two packets."""
+        self._packet = packet
+        self.cwnd = max(self.cwnd, K_MINIMUM_WINDOW_PACKETS * packet)
+
 
 class Pacer:
     """Spreads a window over a round trip, in bursts (protocol §6, R-6-3)."""
@@ -124,4 +132,5 @@ def pacing_rate(cwnd: int, smoothed_rtt: float) -> float:
 def burst_packets(rate: float, cwnd: int, packet: int) -> int:
     """Packets of one burst (protocol §6): two always may go, or the smallest window could not be used (R-6-5)."""
     size = min(int(rate * BURST_TIME), cwnd // BURST_SHARE, MAX_BURST_BYTES)
-    return min(max(size // packet, MIN_BURST_PACKETS), MAX_BURST_PACKETS)
+    most = max(MAX_BURST_BYTES // packet, 1)
+    return min(max(size // packet, MIN_BURST_PACKETS), MAX_BURST_PACKETS, most)

@@ -183,3 +183,12 @@ class Cubic:
         self.recovery_start = -1.0
         self._W_max = 0.0
         self._epoch_start = -1.0
+
+    def on_packet_size(self, packet: int) -> None:
+        """RFC 9002 §7.2. The curve is in packets: it begins anew, towards the same bytes."""
+        scale = self._packet / packet
+        self._W_max *= scale
+        self._cwnd_prior *= scale
+        self._epoch_start = -1.0
+        self._packet = packet
+        self.cwnd = max(self.cwnd, K_MINIMUM_WINDOW_PACKETS * packet)

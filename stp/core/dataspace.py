@@ -91,7 +91,7 @@ class DataSpace:
         self.phases = Phases(keys, mine, theirs, key_limits, path.datagram)
         self.fail_limit = fail_limit(keys, key_limits)
         self.acks = AckTracker()
-        self.recovery = Recovery(rtt, congestion(path.datagram))
+        self.recovery = Recovery(rtt, congestion(path.datagram), path.sizer)
         self.path = path
         self.streams = streams
         self.liveness = liveness
@@ -234,6 +234,8 @@ class DataSpace:
                 if sender.full and sender.room() >= WRITABLE_ROOM:
                     sender.full = False
                     self._inbox.on_event(StreamWritable(sender.id))
+        if self.recovery.sizer.blocked:
+            raise ProtocolError("the path carries no full packets", ErrorCode.PATH)
 
     def _on_frame(self, frame: frames.Frame, now: float) -> None:
         if take_stream_frame(frame, self.streams, self._inbox, now, self.recovery.rtt.smoothed):

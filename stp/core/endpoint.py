@@ -38,10 +38,11 @@ from stp.core.initspace import HANDSHAKE_DEADLINE, ClientHandshake, FirstInit, S
 from stp.core.output import Transmit
 from stp.core.packet import InitPacket
 from stp.core.params import TransportParameters
-from stp.core.path import BASE_DATAGRAM, DEAD_TIME, KEEPALIVE
+from stp.core.path import DEAD_TIME, KEEPALIVE
 from stp.core.phases import KeyLimits
 from stp.core.resets import Resetter
 from stp.core.session import Session
+from stp.core.sizing import BASE_DATAGRAM
 from stp.core.states import Agenda, SessionContext, State
 from stp.core.tokens import BAD_RETRY, NodeToken, RetryToken, TokenKeeper
 from stp.core.tolerant import Tolerant
@@ -82,9 +83,11 @@ class EndpointConfig:
     max_datagram: int = 1472
     """Bytes of UDP payload that we are ready to receive."""
     datagram: int = BASE_DATAGRAM
-    """Bytes of UDP payload of our full packets."""
-    datagram_for: Callable[[Any], int] | None = None
-    """The same by address, where the driver knows that a path carries more; it wins over `datagram`."""
+    """Bytes of UDP payload that our full packets have at first."""
+    largest: int = BASE_DATAGRAM
+    """Bytes up to which paths are probed for more (protocol §6); not above `datagram`: they are not."""
+    sizes_for: Callable[[Any], tuple[int, int]] | None = None
+    """Both by address, (at first, at most): the driver knows what a path may carry. It wins over the two above."""
     keepalive: float = KEEPALIVE
     dead_time: float = DEAD_TIME
     handshake_deadline: float = HANDSHAKE_DEADLINE
@@ -138,6 +141,8 @@ class EndpointStatistics:
     dropped_admission: int = 0
     """Above a limit of protocol §4."""
     dropped_answers: int = 0
+    black_holes: int = 0
+    """How often full packets of a session stopped arriving, and became smaller (protocol §6)."""
 
 
 @define(eq=False)
@@ -182,7 +187,7 @@ class Endpoint:
             reset_token=self._reset_token,
             on_refused=config.on_refused,
             node_token=self._node_token if config.accept else None,
-            datagram_for=config.datagram_for or (lambda addr: config.datagram),
+            sizes_for=config.sizes_for or (lambda addr: (config.datagram, config.largest)),
             keepalive=config.keepalive,
             dead_time=config.dead_time,
             key_limits=config.key_limits,
@@ -193,6 +198,7 @@ class Endpoint:
         self._unfinished: dict[Session, _Unfinished] = {}
         self._answers: list[Transmit] = []
         self._heap: list[tuple[float, int, Session]] = []
+        self._black_holes = 0  # of sessions that are gone
         self._pushes = 0  # keeps the heap from comparing sessions
         self._counts = EndpointStatistics()
 
@@ -262,6 +268,7 @@ class Endpoint:
         """A snapshot."""
         self._counts.sessions = len(self._cids)
         self._counts.half_open = len(self._unfinished)
+        self._counts.black_holes = self._black_holes + sum(s.black_holes for s in self._cids)
         return self._counts
 
     # -- input
@@ -414,6 +421,12 @@ class Endpoint:
             stalest.abandon()
             self._look_after(stalest)
 
+    def on_too_large(self, addr: Any, size: int, now: float) -> None:
+        """The kernel will not send datagrams of `size` bytes to `addr`: the first hop's own word. Rare."""
+        for session in list(self._cids):
+            if session.addr == addr:
+                session.on_too_large(size, now)
+
     # -- output and time
 
     def datagrams_to_send(self, now: float) -> list[Transmit]:
@@ -505,6 +518,7 @@ class Endpoint:
             for dcid in unfinished.dcids:
                 self._by_init.pop(dcid, None)
         if session.state is State.CLOSED:
+            self._black_holes += session.black_holes if session in self._cids else 0
             for cid in self._cids.pop(session, ()):
                 self._by_cid.pop(cid, None)
             session.armed = None

@@ -21,6 +21,7 @@ class ErrorCode(IntEnum):
     RESTARTING = 0x10
     GOING_AWAY = 0x11
     REPLACED = 0x12
+    PATH = 0x13
     AUTH = 0x20
     EXPIRED = 0x21
     REVOKED = 0x22

@@ -106,6 +106,12 @@ class SessionStatistics:
     early_kept: int = 0
     early_dropped: int = 0
     packets_lost: int = 0
+    datagram: int = 0
+    """Bytes of UDP payload that our full packets have; 0 before the keys."""
+    size_probes: int = 0
+    """Packets sent to find out whether larger ones pass (protocol §6)."""
+    black_holes: int = 0
+    """How often our full packets stopped arriving, and became smaller."""
     datagrams_sent: int = 0
     """DATAGRAM frames, unlike `datagrams_in` and `datagrams_out`, which are UDP's; so the next five."""
     datagrams_acked: int = 0

@@ -67,6 +67,7 @@ class Output:
         "_recovery",
         "_remote_cids",
         "_sealer",
+        "_size",
         "_streams",
         "_to_say",
         "datagrams",
@@ -96,6 +97,7 @@ class Output:
         self._acks = acks
         self._recovery = recovery
         self._path = path
+        self._size = path.datagram
         self._streams = streams
         self._local_cids = local_cids
         self._remote_cids = remote_cids
@@ -123,6 +125,8 @@ class Output:
         if sealer.next - sealer.first >= phases.packets or now >= phases.due_at:
             phases.begin(sealer, self._recovery.largest_acked, self._recovery.rtt.pto(), now)
         self.wake_at = None
+        if self._size != self._path.datagram:
+            self._resize(self._path.datagram)
         if self._ping:
             self._ping = False
             if (
@@ -169,11 +173,35 @@ class Output:
         if sender is not None and not control and not due:
             offset, available = sender.due(self._streams.session_room)
             if available >= path.datagram - BULK_OVERHEAD:
-                self._send_burst(sender, offset, available, min(run, room // path.datagram), now, out)
+                if now < path.sizer.due_at or not self._probe_size(now, out):
+                    self._send_burst(sender, offset, available, min(run, room // path.datagram), now, out)
                 return True
         if sender is not None or due or (control and room >= path.datagram):
             return self._send_mixed(now, out, streams=sender is not None)
         return False
+
+    def _resize(self, size: int) -> None:
+        """Full packets have `size` bytes from now on."""
+        self._size = size
+        self._recovery.congestion.on_packet_size(size)
+        self._phases.use_size(size)
+
+    def _probe_size(self, now: float, out: list[Transmit]) -> bool:
+        """Ask whether larger packets pass (RFC 8899): a PING and padding. Whether a probe left.
+
+        There is room for a packet of the present size; the rest may exceed the window, for bulk leaves none.
+        """
+        sizer = self._path.sizer
+        size = sizer.next_probe()
+        if not 0 < size <= self._recovery.congestion.cwnd:
+            return False
+        pn = self._sealer.next
+        sealed = self._sealer.seal(_PING.ljust(size - DATA_OVERHEAD, b"\0"))
+        self._recovery.on_sent(Sent.packet(pn, now, size, ((sizer, size),)))
+        sizer.on_probe_sent(pn, now)
+        self.pacer.on_sent(size, self._rate(), now)
+        self._emit(sealed, 0, out)
+        return True
 
     def _rate(self) -> float:
         return pacing_rate(self._recovery.congestion.cwnd, self._recovery.rtt.smoothed)
@@ -255,13 +283,16 @@ class Output:
 
     def _send_mixed(self, now: float, out: list[Transmit], *, streams: bool) -> bool:
         """One packet of whatever is to be said, filled up with stream bytes. Whether there may be more."""
-        packet = PacketBuilder(self._path.datagram - DATA_OVERHEAD)
+        probing = self._recovery.probes > 0
+        size = self._path.datagram
+        if probing:
+            size = self._path.sizer.rescue_size(self._recovery.pto_count)
+        packet = PacketBuilder(size - DATA_OVERHEAD)
         acking = self._acks.owing
         if acking:
             ack = self._acks.frame(now)
             packet.room -= len(ack)
             packet.parts.append(ack)
-        probing = self._recovery.probes > 0
         if probing or self._recovery.congestion.cwnd - self._recovery.in_flight >= self._path.datagram:
             self._write_control(packet)
             if streams:

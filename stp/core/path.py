@@ -12,9 +12,8 @@ from typing import Any, Final
 
 from stp.core.errors import LimitError, ProtocolError
 from stp.core.frames import NewCid, RetireCid
+from stp.core.sizing import Sizer
 
-BASE_DATAGRAM: Final = 1200
-"""Bytes of UDP payload that every path must carry (protocol §6)."""
 ACTIVE_CIDS: Final = 4
 EXTRA_CIDS: Final = ACTIVE_CIDS - 1
 MAX_RETIRING: Final = 200
@@ -42,13 +41,17 @@ CidSource = Callable[[], tuple[bytes, bytes]]
 class Path:
     """The way to the peer. One per session until a session can move."""
 
-    __slots__ = ("addr", "datagram")
+    __slots__ = ("addr", "sizer")
 
-    def __init__(self, addr: Any, datagram: int = BASE_DATAGRAM) -> None:
+    def __init__(self, addr: Any, sizer: Sizer) -> None:
         self.addr = addr
         """What the driver calls an address; compared, never looked into."""
-        self.datagram = datagram
-        """Bytes of UDP payload that full packets have."""
+        self.sizer = sizer
+
+    @property
+    def datagram(self) -> int:
+        """Bytes of UDP payload that full packets have now."""
+        return self.sizer.datagram
 
 
 class LocalCids:

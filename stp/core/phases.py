@@ -78,8 +78,9 @@ class Phases:
         self._suite = keys.suite
         self._secrets = mine.secret + theirs.secret  # in one object: there may be ten thousand idle sessions
         self._limits = limits
-        self.packets = min(limits.packets, limits.bytes // datagram)
+        self.packets = 0
         """Packets after which a phase is used up."""
+        self.use_size(datagram)
         self.due_at = _NEVER
         """When the phase is used up by age; never before confirmation."""
         self.unanswered = False
@@ -90,6 +91,10 @@ class Phases:
         self._next: DirectionKeys | None = None
         self.previous: Previous | None = None
         """`drop` is to be called at its `until`."""
+
+    def use_size(self, datagram: int) -> None:
+        """Full packets have `datagram` bytes."""
+        self.packets = min(self._limits.packets, self._limits.bytes // datagram)
 
     def drop(self, now: float) -> None:
         """Forget the previous keys if their time has come (3)."""

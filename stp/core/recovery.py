@@ -4,6 +4,7 @@
 (2) What was in a packet is told to its owners exactly once: on_acked or on_lost. A probe may ask an owner before
     that to say it again; owners take it as on_lost and must not mind the later word.
 (3) One object remembers a whole burst; what one lost packet of it held is arithmetic (protocol §6).
+(4) A lost probe of the packet size is no sign of congestion (RFC 8899 §3).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 
 from stp.core.congestion import Congestion
+from stp.core.sizing import MIN_DATAGRAM, Sizer
 
 K_PACKET_THRESHOLD: Final = 3
 K_TIME_THRESHOLD: Final = 9 / 8
@@ -154,6 +156,12 @@ class Sent:
         sent.frames = frames
         return sent
 
+    def larger(self, bits: int, above: int) -> int:
+        """How many of the packets in `bits` have more than `above` bytes."""
+        if self.last_size <= above:
+            bits &= (1 << (self.count - 1)) - 1
+        return bits.bit_count() if self.size > above else 0
+
     def tell(self, bits: int, *, acked: bool) -> int:
         """Tell the owners of the packets in `bits` and return their bytes. Does not change `left`."""
         if self.stream is None:
@@ -196,12 +204,15 @@ class Recovery:
         "pto_count",
         "rtt",
         "sent",
+        "sizer",
         "waiting_since",
     )
 
-    def __init__(self, rtt: RttEstimator, congestion: Congestion) -> None:
+    def __init__(self, rtt: RttEstimator, congestion: Congestion, sizer: Sizer) -> None:
         self.rtt = rtt
         self.congestion = congestion
+        self.sizer = sizer
+        """The path's: is told what became of large packets."""
         self.sent: list[Sent] = []
         """Ascending by number; no entry without a bit left."""
         self.in_flight = 0
@@ -239,6 +250,7 @@ class Recovery:
         newest: Sent | None = None
         first_acked_at = float("inf")
         arrived: list[tuple[int, float]] = []
+        above, large_at = self.sizer.above, -1.0
         for sent in self.sent:
             if sent.first > largest:
                 break
@@ -253,6 +265,8 @@ class Recovery:
             size = sent.tell(bits, acked=True)
             acked += size
             arrived.append((size, sent.time))
+            if sent.last_size > above or (sent.size > above and bits != 1 << (sent.count - 1)):
+                large_at = sent.time
             self._acked_until = max(self._acked_until, sent.time)
             first_acked_at = min(first_acked_at, sent.time)
             if bits >> (largest - sent.first) & 1:
@@ -266,11 +280,15 @@ class Recovery:
         self.in_flight -= acked
         self.pto_count = 0
         self.probes = 0
+        if large_at >= 0.0:
+            self.sizer.on_passed(large_at)
         if holes:
             self._detect_lost(now, acked_before, first_acked_at)
         else:
             self._loss_at = None
             del self.sent[:looked]
+        if self.sizer.missing:
+            self.sizer.judge(self._acked_until, self.rtt.smoothed, now)
         self._grow(arrived, now)  # after the losses, as in RFC 9002 appendix A.7
         self.waiting_since = now if self.sent else None
         return True
@@ -290,8 +308,8 @@ class Recovery:
         delay = self.rtt.loss_delay()
         largest = self.largest_acked
         keep: list[Sent] = []
-        looked = lost = unknown = 0
-        start = self.congestion.recovery_start
+        looked = lost = unknown = probed = 0
+        start, sizer = self.congestion.recovery_start, self.sizer
         oldest = latest = newest = -1.0
         for sent in self.sent:
             if sent.first > largest:
@@ -305,6 +323,13 @@ class Recovery:
             bits = sent.left & ((1 << min(max(below, 0), sent.count)) - 1)
             if bits:
                 sent.left ^= bits
+                if sent.first == sizer.probe:  # (4)
+                    probed += sent.tell(bits, acked=False)
+                    continue
+                if sent.size > sizer.above:
+                    sizer.on_missing(sent.larger(bits, sizer.above), sent.time)
+                elif sizer.missing and sent.size > MIN_DATAGRAM:
+                    sizer.missing_base += 1
                 size = sent.tell(bits, acked=False)
                 lost += size
                 if sent.time > start:
@@ -317,6 +342,7 @@ class Recovery:
             if sent.left:
                 keep.append(sent)
         self.sent[:looked] = keep
+        self.in_flight -= probed
         if not lost:
             return
         self.in_flight -= lost
@@ -351,7 +377,7 @@ class Recovery:
         self.probes = PROBE_PACKETS
         wanted = PROBE_PACKETS
         for sent in self.sent:  # the oldest, again (RFC 9002 §6.2.4)
-            bits = sent.left
+            bits = sent.left if sent.first != self.sizer.probe else 0
             while bits and wanted:
                 lowest = bits & -bits
                 sent.tell(lowest, acked=False)

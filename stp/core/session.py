@@ -29,6 +29,7 @@ from stp.core.path import (
     Path,
 )
 from stp.core.recovery import MAX_GUESS, RttEstimator
+from stp.core.sizing import Sizer
 from stp.core.states import LIVE, TRANSITIONS, Input, SessionContext, State
 from stp.core.streamset import StreamSet
 from stp.core.unreliable import Datagrams
@@ -65,7 +66,7 @@ class Session(AnySession):
         """There until confirmed."""
         self.armed: float | None = None
         """The endpoint's: when its heap of timers will look at this session."""
-        self._path = Path(addr, context.datagram_for(addr))
+        self._path = Path(addr, Sizer(*context.sizes_for(addr), now))
         self._data: DataSpace | None = None
         self._early: list[bytes] | None = None
         self._close_frame: tuple[int, str] | None = None
@@ -87,6 +88,11 @@ class Session(AnySession):
     def max_datagram_size(self) -> int:
         return self._path.datagram - DATAGRAM_OVERHEAD
 
+    @property
+    def black_holes(self) -> int:
+        """How often the packet size fell (R-6-7)."""
+        return self._path.sizer.black_holes
+
     def abandon(self) -> None:
         """Forget an unfinished handshake without a word to the peer."""
         if self.state in LIVE:
@@ -103,6 +109,9 @@ class Session(AnySession):
         found, data = self._counts, self._data
         if data is not None:
             found.packets_lost = data.recovery.lost_packets
+            sizer = self._path.sizer
+            found.datagram, found.size_probes = sizer.datagram, sizer.probes
+            found.black_holes = sizer.black_holes
             found.key_updates = data.phases.updates
             found.failed_opens, found.repeated = data.opener.failed, data.opener.repeated
             found.rtt, found.rtt_var = data.recovery.rtt.smoothed, data.recovery.rtt.var
@@ -166,6 +175,12 @@ class Session(AnySession):
             return False
         self._end(Input.SILENCE, LocalCause.RESET_BY_PEER, "", by_peer=True, now=now)
         return True
+
+    def on_too_large(self, size: int, now: float) -> None:
+        """The kernel will not send datagrams of `size` bytes to the peer."""
+        self._path.sizer.on_too_large(size, now)
+        if self._path.sizer.blocked and self.state in LIVE:
+            self.close(ErrorCode.PATH, "the first hop carries no full packets", now)
 
     def handle_timeout(self, now: float) -> None:
         """The time of `next_timeout` has come, or an earlier one: then nothing happens."""
@@ -289,7 +304,7 @@ class Session(AnySession):
         self.id = keys.session_id
         self.suite = keys.suite
         parameters, guess = hello.parameters, min(handshake.rtt or MAX_GUESS, MAX_GUESS)
-        self._path.datagram = min(self._path.datagram, parameters.max_datagram)
+        self._path.sizer.bound(parameters.max_datagram)
         self._streams.peer_max_streams = [parameters.max_streams_bidi, parameters.max_streams_uni]
         space = self._data = DataSpace(
             dialling=self.dialling,
@@ -324,6 +339,7 @@ class Session(AnySession):
         assert self._data is not None
         self._enter(Input.PROOF)
         self._data.phases.confirm(now)
+        self._path.sizer.begin(now)
         self.handshake = None
         before = list(self._events)
         self._events.clear()

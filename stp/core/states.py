@@ -11,8 +11,9 @@ from attrs import Factory, define
 from stp.core.congestion import Congestion
 from stp.core.flow import WindowBudget
 from stp.core.handshake import PeerIdentity
-from stp.core.path import BASE_DATAGRAM, DEAD_TIME, KEEPALIVE, CidSource
+from stp.core.path import DEAD_TIME, KEEPALIVE, CidSource
 from stp.core.phases import KeyLimits
+from stp.core.sizing import BASE_DATAGRAM
 
 if TYPE_CHECKING:
     from stp.core.session import Session
@@ -86,8 +87,8 @@ class SessionContext:
     """A listener's session ended before it was ESTABLISHED; its owner never hears of it otherwise."""
     node_token: Callable[[PeerIdentity, float], bytes] | None = None
     """Makes a NEW_TOKEN; listeners only."""
-    datagram_for: Callable[[Any], int] = lambda addr: BASE_DATAGRAM
-    """Bytes of UDP payload of full packets to this address."""
+    sizes_for: Callable[[Any], tuple[int, int]] = lambda addr: (BASE_DATAGRAM, BASE_DATAGRAM)
+    """What a Sizer for this address starts with, and up to what it probes."""
     keepalive: float = KEEPALIVE
     dead_time: float = DEAD_TIME
     key_limits: KeyLimits = Factory(KeyLimits)

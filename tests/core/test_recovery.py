@@ -16,6 +16,7 @@ from stp.core.recovery import (
     RttEstimator,
     Sent,
 )
+from stp.core.sizing import Sizer
 
 PIECE, OVERHEAD = 1000, 46
 
@@ -41,7 +42,7 @@ class Owner:
 
 
 def recovery(rtt: float | None = None) -> Recovery:
-    found = Recovery(RttEstimator(rtt), NewReno(1200))
+    found = Recovery(RttEstimator(rtt), NewReno(1200), Sizer())
     found.app_limited = False
     return found
 
@@ -258,7 +259,7 @@ class Listener(NewReno):
 
 
 def test_a_controller_hears_how_much_of_what_left_since_the_reduction_was_lost() -> None:
-    rec, owner = Recovery(RttEstimator(0.05), listener := Listener()), Owner()
+    rec, owner = Recovery(RttEstimator(0.05), listener := Listener(), Sizer()), Owner()
     for n in range(4):
         send(rec, owner, n, 1.0 + 0.01 * n)
     rec.on_ack([(3, 4)], 0.0, 1.05)  # packet 0 is lost; reduced at 1.05

@@ -15,8 +15,8 @@ from math import sqrt
 import pytest
 
 from stp.core.packetizer import BULK_OVERHEAD
-from stp.core.path import BASE_DATAGRAM
 from stp.core.session import Session
+from stp.core.sizing import BASE_DATAGRAM
 from tests.sim import Host, Network
 
 BANDWIDTH = 1_250_000
