@@ -3,7 +3,9 @@
 (1) Asked only for peers whose address is validated or who showed a good NEW_TOKEN: keys cannot be forged.
 (2) An address starts ADDRESS_RATE handshakes a second, ADDRESS_BURST at once, and has ADDRESS_HALF_OPEN unfinished;
     a node with a NEW_TOKEN is counted by itself instead.
-(3) Memory is bounded: MAX_KEYS keys; when it is full, those that have recovered go first, then the oldest.
+(3) The last half of what may start in all is for those with a NEW_TOKEN: a flood of strangers, however many addresses
+    it has, keeps nobody out who was here before.
+(4) Memory is bounded: MAX_KEYS keys; when it is full, those that have recovered go first, then the oldest.
 """
 
 from __future__ import annotations
@@ -56,14 +58,15 @@ class Admission:
         self._half_open: dict[bytes, int] = {}
         self._total = (TOTAL_BURST, 0.0)
 
-    def admit(self, key: bytes, now: float) -> bool:
+    def admit(self, key: bytes, now: float, *, by_token: bool = False) -> bool:
         """Whether `key` may start a handshake; if so it counts as half open until `on_over`."""
         if self._half_open.get(key, 0) >= self._address_half_open:
             return False
         rate, in_all = self._address_rate, self._total_rate
         mine = _refilled(self._buckets.get(key), rate, max(ADDRESS_BURST, rate / 4), now)
-        total = _refilled(self._total, in_all, max(TOTAL_BURST, in_all / 4), now)
-        if mine < 1.0 or total < 1.0:
+        burst = max(TOTAL_BURST, in_all / 4)
+        total = _refilled(self._total, in_all, burst, now)
+        if mine < 1.0 or total < (1.0 if by_token else 1.0 + burst / 2):  # (3)
             return False
         self._buckets.pop(key, None)
         self._buckets[key] = (mine - 1.0, now)  # the last used is the last in the dict
@@ -82,7 +85,7 @@ class Admission:
             del self._half_open[key]
 
     def _prune(self, now: float) -> None:
-        """Promise (3): all that are full again, else the oldest."""
+        """Promise (4): all that are full again, else the oldest."""
         full = [
             k
             for k, (tokens, at) in self._buckets.items()

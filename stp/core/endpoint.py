@@ -376,7 +376,7 @@ class Endpoint:
         config = self._config
         by_token = isinstance(verdict, NodeToken)
         key = verdict.node if isinstance(verdict, NodeToken) else address_key(addr)
-        if not self._admission.admit(key, now):
+        if not self._admission.admit(key, now, by_token=by_token):
             self._counts.dropped_admission += 1
             return
         if isinstance(verdict, NodeToken):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 from collections import deque
 from collections.abc import Callable
+from functools import cache, lru_cache
 from hashlib import sha256
 from typing import Final, TypeAlias
 from weakref import ref
@@ -47,10 +48,18 @@ WARM: Final = 512
 _SALT: Final = sha256(b"STP/1 initial salt").digest()
 
 
+@cache
+def _info(label: str, n: int) -> bytes:
+    """There are a dozen."""
+    name = b"stp1 " + label.encode("ascii")
+    return n.to_bytes(2, "big") + bytes((len(name),)) + name + b"\x00"
+
+
 def expand(secret: bytes, label: str, n: int) -> bytes:
     """HKDF-Expand-SHA256 (RFC 5869 §2.3) with the label form of protocol §3."""
-    name = b"stp1 " + label.encode("ascii")
-    info = n.to_bytes(2, "big") + bytes((len(name),)) + name + b"\x00"
+    info = _info(label, n)
+    if n <= 32:
+        return hmac.digest(secret, info + b"\x01", "sha256")[:n]
     out = block = b""
     counter = 1
     while len(out) < n:
@@ -116,24 +125,42 @@ class Aead:
 _warm: Final[deque[ref[Aead]]] = deque()
 
 
-@define
 class InitialKeys:
-    """Keys of INIT packets: integrity against chance and blind injection, not secrecy."""
+    """Keys of INIT packets: integrity against chance and blind injection, not secrecy (R-3-1).
 
-    client: Aead
-    server: Aead
-    retry_key: bytes
+    Those of the server are made when they are first asked for: most strangers' packets open under none.
+    """
+
+    __slots__ = ("_initial", "_server", "client")
+
+    def __init__(self, initial: bytes) -> None:
+        self._initial = initial
+        self.client = self._side("client in")
+        self._server: Aead | None = None
+
+    def _side(self, label: str) -> Aead:
+        secret = expand(self._initial, label, 32)
+        return Aead(expand(secret, "key", 16), expand(secret, "iv", 12))
+
+    @property
+    def server(self) -> Aead:
+        if self._server is None:
+            self._server = self._side("server in")
+        return self._server
+
+    @property
+    def retry_key(self) -> bytes:
+        return expand(self._initial, "retry", 16)
+
+
+@lru_cache(maxsize=8)
+def _salt(network_key: bytes) -> bytes:
+    return _extract(_SALT, network_key)
 
 
 def initial_keys(dcid: bytes, network_key: bytes = b"") -> InitialKeys:
     """Keys from the DCID of a client's first INIT, or of its first INIT after a Retry (R-3-1)."""
-    initial = _extract(_extract(_SALT, network_key), packet.VERSION_BYTES + dcid)
-    client, server = expand(initial, "client in", 32), expand(initial, "server in", 32)
-    return InitialKeys(
-        client=Aead(expand(client, "key", 16), expand(client, "iv", 12)),
-        server=Aead(expand(server, "key", 16), expand(server, "iv", 12)),
-        retry_key=expand(initial, "retry", 16),
-    )
+    return InitialKeys(_extract(_salt(network_key), packet.VERSION_BYTES + dcid))
 
 
 def context(hc: bytes, hs: bytes, server_der: bytes, client_der: bytes) -> bytes:

@@ -61,10 +61,22 @@ def test_all_together_are_bounded() -> None:
     for n in range(3000):
         now += 0.001
         count += admitted(gate, n.to_bytes(4, "big"), 1, now)
-    assert count == pytest.approx(admission.TOTAL_BURST + 3.0 * admission.TOTAL_RATE, abs=2)
+    assert count == pytest.approx(admission.TOTAL_BURST / 2 + 3.0 * admission.TOTAL_RATE, abs=2)
+
+
+def test_strangers_leave_half_to_those_who_were_here_before() -> None:
+    """Promise (3): R-4-25."""
+    gate = Admission()
+    now = 0.0
+    for n in range(3000):
+        now += 0.001
+        gate.admit(n.to_bytes(4, "big"), now)
+    known = [gate.admit(b"node" + bytes((n,)), now, by_token=True) for n in range(100)]
+    assert sum(known) == pytest.approx(admission.TOTAL_BURST / 2, abs=1)
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promise (4)."""
     monkeypatch.setattr(admission, "MAX_KEYS", 20)
     monkeypatch.setattr(admission, "TOTAL_BURST", 1e9)
     gate = Admission()
