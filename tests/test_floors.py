@@ -31,7 +31,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.core.keys stp.core.params stp.core.tokens stp.core.acks stp.core.path stp.core.resets stp.core.streamset"
     " stp.core.tolerant",
     "stp.core.handshake stp.core.packetizer stp.core.keepalive",
-    "stp.core.events stp.core.initspace stp.core.phases stp.core.channel stp.core.units",
+    "stp.core.events stp.core.initspace stp.core.phases stp.core.channel stp.core.units stp.core.clienthello",
     "stp.core.output stp.core.routing",
     "stp.core.dataspace stp.core.states",
     "stp.core.verbs",
@@ -45,7 +45,8 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.receiving",
     "stp.link",
     # -- stp: what touches the machine, and the front doors
-    "stp.carriers.udp stp.carriers.tls stp.identity stp.pinned",
+    "stp.carriers.udp stp.carriers.streams stp.carriers.door stp.identity stp.pinned",
+    "stp.carriers.tls",
     "stp.networks",
     "stp.enrol stp.outbox stp.connection",
     "stp.dialler stp.publisher stp.subscriber",

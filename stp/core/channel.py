@@ -25,8 +25,6 @@ from stp.core.keys import (
     expand,
 )
 
-ALPN: Final = b"stp/1"
-"""Offered on TLS and relied on by nobody (protocol §11)."""
 RECORD: Final = 16 * 1024
 """Bytes of plaintext in one TLS record, at most (RFC 8446 §5.1)."""
 RECORD_OVERHEAD: Final = 5 + 1 + 16
@@ -68,9 +66,7 @@ class TlsChannel:
     __slots__ = ("_dialling", "_leaf_der", "_out", "_peer_leaf", "_received", "_tls", "peer", "ready")
 
     def __init__(self, tls_context: SSL.Context, leaf_der: bytes, *, dialling: bool) -> None:
-        """`leaf_der` is the certificate of `tls_context`; for the dialling side that context is its own alone."""
-        if dialling:
-            tls_context.set_alpn_protos([ALPN])
+        """`leaf_der` is the certificate of `tls_context`."""
         self._tls = SSL.Connection(tls_context, None)
         self._leaf_der = leaf_der
         self._peer_leaf = b""

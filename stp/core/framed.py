@@ -75,7 +75,8 @@ _FOREIGN: Final = frozenset(
 )
 """Frames that mean nothing in a stream: PROTOCOL (R-11-1)."""
 _NO_TOKEN: Final = bytes(16)
-_FOR_EVER: Final = datetime.max.replace(tzinfo=UTC)
+FOR_EVER: Final = datetime.max.replace(tzinfo=UTC)
+"""notAfter of a peer that has no certificate."""
 
 
 def allow(_peer: PeerIdentity) -> str | None:
@@ -124,6 +125,7 @@ class FramedSession(AnySession):
         "address",
         "conn",
         "own",
+        "refused",
     )
 
     def __init__(
@@ -147,6 +149,8 @@ class FramedSession(AnySession):
         self.address = address
         self.conn: Any = None
         """The carrier's; never looked into."""
+        self.refused = False
+        """A listener's: it ended before it was a session, and not for want of a word from the peer."""
         self.own: tuple[str, str] | None = None
         """(domain, node) that the listener of a Unix socket gave us."""
         self._expected = expected
@@ -167,7 +171,7 @@ class FramedSession(AnySession):
         if dialling:
             self._original = context.random_bytes(ID_LENGTH)
             self._make_hello()
-        self._want_to_send()
+        self.want_to_send()
 
     # -- the owner's verbs
 
@@ -185,7 +189,7 @@ class FramedSession(AnySession):
 
     def expect(self, seconds: float | None) -> None:
         self._liveness.expect(seconds)
-        self._want_to_send()  # so that the timer is set anew
+        self.want_to_send()  # so that the timer is set anew
 
     def statistics(self) -> SessionStatistics:
         found, rtt = self._counts, self._estimator
@@ -214,7 +218,7 @@ class FramedSession(AnySession):
             self._end(Input.SILENCE, exc.code, exc.reason, by_peer=exc.by_peer, now=now)
         except PacketError as exc:
             self._end(Input.SILENCE, LocalCause.CONNECTION_LOST, str(exc), by_peer=False, now=now)
-        self._want_to_send()
+        self.want_to_send()
 
     def on_lost(self, reason: str, now: float) -> None:
         """The stream broke, or its end came; `reason` for people."""
@@ -240,7 +244,7 @@ class FramedSession(AnySession):
                 self._ping = True
             else:
                 self._end(Input.SILENCE, LocalCause.IDLE_TIMEOUT, "", by_peer=False, now=now)
-        self._want_to_send()
+        self.want_to_send()
 
     # -- output to the carrier
 
@@ -405,7 +409,7 @@ class FramedSession(AnySession):
         theirs, ours = (read_uri(name) for name in hello.names or ("", ""))
         if theirs is None or ours is None:
             raise ProtocolError("the listener of a Unix socket names nobody")
-        peer = PeerIdentity(theirs[0], theirs[1], 0, _FOR_EVER)
+        peer = PeerIdentity(theirs[0], theirs[1], 0, FOR_EVER)
         reason = self._check_peer(peer)
         if reason is not None:
             raise HandshakeRefused(reason)
@@ -474,7 +478,7 @@ class FramedSession(AnySession):
     def _close(self, code: ErrorCode, reason: str, now: float) -> None:
         self._close_frame = frames.Close(code, reason).encode()
         self._end(Input.LOCAL_CLOSE, code, reason, by_peer=False, now=now)
-        self._want_to_send()
+        self.want_to_send()
 
     def _end(
         self, what: Input, code: ErrorCode | LocalCause, reason: str, *, by_peer: bool, now: float
@@ -491,8 +495,10 @@ class FramedSession(AnySession):
         self._answers.clear()
         if known or self.dialling:
             self.on_event(SessionClosed(code, reason, by_peer))
-        elif self._context.on_refused is not None and (self.peer is not None or isinstance(code, ErrorCode)):
-            self._context.on_refused(self.address, self.peer, reason or str(code))
+        elif isinstance(code, ErrorCode):
+            self.refused = True
+            if self._context.on_refused is not None:
+                self._context.on_refused(self.address, self.peer, reason or str(code))
 
 
 def _stream_frame(tail: tuple[int, int, bytes, bool], *, length: bool) -> bytes:

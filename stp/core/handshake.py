@@ -28,6 +28,8 @@ from stp.core.params import MAX_HELLO, TransportHello
 
 MAX_HANDSHAKE: Final = 16 * 1024
 """Bytes of one side's handshake stream, hello included (R-4-1)."""
+ALPN: Final = b"stp/1"
+"""Offered by who dials, and relied on by nobody (protocol §11)."""
 MAX_CHAIN_DEPTH: Final = 10
 """Certificates between a leaf and its anchor."""
 
@@ -144,6 +146,8 @@ def make_context(settings: TlsSettings, server: bool) -> SSL.Context:
     made.set_max_proto_version(SSL.TLS1_3_VERSION)
     made.set_tls13_ciphersuites(_AES_FIRST if settings.aes_preferred else _CHACHA_FIRST)
     made.set_options(SSL.OP_NO_TICKET)
+    if not server:
+        made.set_alpn_protos([ALPN])
     made.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     made.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT)
     made.set_verify_depth(MAX_CHAIN_DEPTH)

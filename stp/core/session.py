@@ -102,7 +102,7 @@ class Session(AnySession):
         """The owner waits for the peer: PING after that much silence, then ever later; None: as when idle."""
         if self._data is not None:
             self._data.liveness.expect(seconds)
-            self._want_to_send()  # so that the timer is set anew
+            self.want_to_send()  # so that the timer is set anew
 
     def statistics(self) -> SessionStatistics:
         """A snapshot."""
@@ -130,7 +130,7 @@ class Session(AnySession):
         self._now = now
         handshake.receive_init(received, now)
         self._follow_handshake(now)
-        self._want_to_send()
+        self.want_to_send()
 
     def receive_retry(self, received: RetryPacket, addr: Any, now: float) -> None:
         """Raises PacketError, as `receive_init`."""
@@ -139,7 +139,7 @@ class Session(AnySession):
             raise PacketError("Retry out of place")
         self._now = now
         handshake.receive_retry(received, now)
-        self._want_to_send()
+        self.want_to_send()
 
     def receive_data(self, data: bytes, size: int, addr: Any, now: float) -> list[bytes]:
         """A buffer of DATA datagrams of `size` bytes each. Returns those that are not for this session."""
@@ -163,7 +163,7 @@ class Session(AnySession):
                 return []
             if self.state is State.KEYED and not self.dialling and space.acks.next != known:
                 self._prove(now)
-            self._want_to_send()
+            self.want_to_send()
             return strange
         return []
 
@@ -185,7 +185,7 @@ class Session(AnySession):
     def handle_timeout(self, now: float) -> None:
         """The time of `next_timeout` has come, or an earlier one: then nothing happens."""
         self._now = now
-        self._want_to_send()
+        self.want_to_send()
         if self.state in (State.CLOSING, State.DRAINING):
             if self.handshake is not None:
                 self.handshake.handle_timeout(now)
@@ -391,7 +391,7 @@ class Session(AnySession):
             self.handshake = self._data = None
         elif what is Input.PEER_CLOSE:
             self.handshake = None
-        self._want_to_send()
+        self.want_to_send()
         if not unheard:
             self.on_event(SessionClosed(code, reason, by_peer))
         elif self._context.on_refused is not None and (self.peer is not None or isinstance(code, ErrorCode)):
@@ -412,4 +412,4 @@ class Session(AnySession):
             self._closed_packets += 1
             if self._closed_packets & (self._closed_packets - 1) == 0:
                 self._close_answers = 1
-                self._want_to_send()
+                self.want_to_send()

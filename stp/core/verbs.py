@@ -108,7 +108,7 @@ class AnySession:
         """Queue bytes; `data` is kept, not copied. Keep to `room`. Raises UsageError if it is not open."""
         self._must_live()
         self._streams.write(stream, data, fin)
-        self._want_to_send()
+        self.want_to_send()
 
     def room(self, stream: int) -> int:
         """Bytes that the send buffer still takes; 0 for a stream that is not open."""
@@ -127,7 +127,7 @@ class AnySession:
         """
         data = self._streams.read(stream, self._now, self._rtt())
         if self._streams.pending:
-            self._want_to_send()
+            self.want_to_send()
         return data
 
     def ended(self, stream: int) -> bool:
@@ -142,19 +142,19 @@ class AnySession:
         """
         self._streams.advance(stream, taken, self._now, self._rtt())
         if self._streams.pending:
-            self._want_to_send()
+            self.want_to_send()
 
     def reset_stream(self, stream: int, code: int) -> None:
         """Give up sending on it. Raises UsageError."""
         self._must_live()
         self._streams.reset(stream, code)
-        self._want_to_send()
+        self.want_to_send()
 
     def stop_stream(self, stream: int, code: int) -> None:
         """Ask the peer to give up sending on it. Raises UsageError."""
         self._must_live()
         self._streams.stop(stream, code)
-        self._want_to_send()
+        self.want_to_send()
 
     def send_datagram(self, data: bytes) -> bool:
         """Queue an unreliable datagram: it leaves when congestion control lets it, once, and may be lost.
@@ -166,7 +166,7 @@ class AnySession:
         if len(data) > self.max_datagram_size:
             raise UsageError(f"a datagram of {len(data)} bytes; {self.max_datagram_size} fit into a packet")
         taken = self._unreliable().put(data)
-        self._want_to_send()
+        self.want_to_send()
         return taken
 
     def next_event(self) -> Event | None:
@@ -205,6 +205,12 @@ class AnySession:
         self._unreliable().on_received(data)
         self._announce()
 
+    def want_to_send(self) -> None:
+        """The carrier is to look at it: something to send, or another deadline."""
+        if not self.in_to_send:
+            self.in_to_send = True
+            self._agenda.to_send.append(self)
+
     # -- inside
 
     def _announce(self) -> None:
@@ -231,8 +237,3 @@ class AnySession:
     def _must_live(self) -> None:
         if self.state not in LIVE:
             raise UsageError("the session is over")
-
-    def _want_to_send(self) -> None:
-        if not self.in_to_send:
-            self.in_to_send = True
-            self._agenda.to_send.append(self)

@@ -314,7 +314,7 @@ def test_a_peer_that_retires_our_target_moves_us() -> None:
     new = theirs.local_cids.active[1]
     for seq, cid in list(theirs.local_cids.active.items())[1:]:
         theirs.output.say(frames.NewCid(seq, 1, cid, theirs._inbox._context.reset_token(cid)).encode())  # type: ignore[attr-defined]
-    talk.peer._want_to_send()
+    talk.peer.want_to_send()
     talk.net.run_for(0.5)
     assert mine.remote_cids.current == (1, new)
     assert 0 not in theirs.local_cids.active
@@ -360,7 +360,7 @@ def test_more_to_say_than_a_packet_holds(owner: str) -> None:
     else:
         for number in range(200):
             space.output.say(frames.StreamsBlocked(0, number).encode())
-    talk.session._want_to_send()
+    talk.session.want_to_send()
     talk.net.run_for(0.5)
     assert not space.output._has_control()
     assert talk.session.state is talk.peer.state is State.ESTABLISHED

@@ -189,14 +189,14 @@ def test_fault_27_old_keys_are_gone_after_three_pto() -> None:
         for _ in range(3):
             near.output.ping()
             near.recovery.sent.clear()
-            talk.session._want_to_send()
+            talk.session.want_to_send()
             talk.net.flush()
         link.hook = None
         assert len(held) == 3
         near.phases._move(near.sealer, talk.net.now)
         near.phases.unanswered = True
         near.output.ping()
-        talk.session._want_to_send()
+        talk.session.want_to_send()
         talk.net.run(lambda: not near.phases.unanswered, limit=1.0)
         assert far.phases.previous is not None
         if late:
