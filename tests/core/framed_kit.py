@@ -96,7 +96,6 @@ class Pair:
             )
 
         ours, theirs = shared(), shared()
-        known = peer or PeerIdentity(DOMAIN, EDGE, 0, FOR_EVER)
         self.edge = End(
             FramedSession(
                 ours,
@@ -115,7 +114,7 @@ class Pair:
                 theirs,
                 TlsChannel(context(HUB, hub_flaw, True), leaf(HUB, hub_flaw), dialling=False)
                 if tls
-                else PlainChannel(known),
+                else PlainChannel(peer or PeerIdentity(DOMAIN, EDGE, 0, FOR_EVER)),
                 ADDRESS,
                 dialling=False,
                 now=self.now,
@@ -124,7 +123,6 @@ class Pair:
             theirs,
         )
         self.flying: dict[str, bytearray] = {"edge": bytearray(), "hub": bytearray()}
-        """What is on its way to each."""
         self.cut = False
 
     def ends(self) -> tuple[tuple[str, End, End], tuple[str, End, End]]:
