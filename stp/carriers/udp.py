@@ -238,9 +238,8 @@ class UdpCarrier:
                 await trio.lowlevel.wait_readable(self._sock)
             except trio.ClosedResourceError:
                 return
-            now = trio.current_time()
-            self._drain(now)
-            self._turn(now)
+            self._drain()
+            self._turn(trio.current_time())
             self._advance_timer()
 
     def _advance_timer(self) -> None:
@@ -269,14 +268,17 @@ class UdpCarrier:
             self._on_ready(session)
         self._in_turn = False
         if not self._closed:
-            self._flush(now)
+            self._flush(trio.current_time())
         if endpoint.has_news:
             self._wakeup.set()  # of what owners did to one another's sessions
 
     # -- the socket
 
-    def _drain(self, now: float) -> None:
+    def _drain(self) -> None:
+        """Each buffer has a time of its own, taken after it was read: one taken before would make a round trip
+        shorter than it was by as long as this process did not run in between."""
         sock, view, counts, receive = self._sock, self._view, self._statistics, self._endpoint.receive
+        clock = trio.lowlevel.current_clock().current_time
         buffers = [self._buffer]
         left = DRAIN_BYTES
         for _ in range(DRAIN_BUFFERS):
@@ -292,10 +294,10 @@ class UdpCarrier:
             counts.rx_bytes += size
             if 0 < segment < size:
                 counts.rx_datagrams += -(-size // segment)
-                receive(view[:size], address, now, segment)
+                receive(view[:size], address, clock(), segment)
             else:
                 counts.rx_datagrams += 1
-                receive(view[:size], address, now, 0)
+                receive(view[:size], address, clock(), 0)
             left -= size
             if left <= 0:
                 return

@@ -9,6 +9,8 @@ it drops when round trips are at their longest, and what a bad link loses, it lo
     trip. Growth starts anew from there, so that about one packet a round trip may be lost for ever: 1 / p packets.
 (3) The longest round trip of late tells how deep the queue is: half of it is evidence, if that is more than our own
     bursts make, and what RFC 9406 takes for a queue is evidence in any case (R-6-8).
+(4) Every round trip here is the shortest of four to eight in a row: a queue delays all that come behind one another,
+    a busy processor or a radio some.
 
 Above cubic.py; its cost is per ACK.
 """
@@ -19,10 +21,11 @@ from math import inf
 from typing import Final
 
 from stp.core.congestion import BURST_TIME, K_MINIMUM_WINDOW_PACKETS, TIMER_GRAIN
-from stp.core.cubic import BETA_CUBIC, Cubic, rtt_thresh
+from stp.core.cubic import BETA_CUBIC, N_RTT_SAMPLE, Cubic, rtt_thresh
 
 QUEUE_FLOOR: Final = BURST_TIME + TIMER_GRAIN
 """Seconds of a round trip above the shortest one that our own bursts and the grain of timers make."""
+HALF: Final = N_RTT_SAMPLE // 2
 SHARE_OF_PEAK: Final = 0.5
 PEAK_DECAY: Final = 8
 """The longest round trip of late moves by an eighth towards that of a round, when this one is shorter."""
@@ -39,6 +42,9 @@ class Tolerant(Cubic):
         "_latest",
         "_peak",
         "_period_end",
+        "_recent",
+        "_recent_before",
+        "_recent_count",
         "_round_peak",
         "_round_start",
         "_sample_round",
@@ -50,7 +56,10 @@ class Tolerant(Cubic):
         super().__init__(packet)
         self.spared = 0
         """Losses (ACKs that told of any) that were taken for those of a bad link."""
-        self._latest = inf
+        self._latest = inf  # (4)
+        # the shortest of up to HALF round trips, and of HALF before them
+        self._recent = self._recent_before = inf
+        self._recent_count = 0
         self._shortest = self._before = inf  # round trips: of this period, of the one before
         self._period_end = -inf
         self._peak = self._round_peak = 0.0
@@ -62,7 +71,12 @@ class Tolerant(Cubic):
 
     def on_sample(self, latest: float, sent_at: float, now: float) -> None:
         super().on_sample(latest, sent_at, now)
-        self._latest = latest
+        self._recent = min(self._recent, latest)
+        latest = self._latest = min(self._recent, self._recent_before)
+        self._recent_count += 1
+        if self._recent_count == HALF:
+            self._recent_count = 0
+            self._recent_before, self._recent = self._recent, inf
         if latest < self._shortest:
             self._shortest = latest
         if latest > self._round_peak:
@@ -104,6 +118,7 @@ class Tolerant(Cubic):
     def on_persistent_congestion(self) -> None:
         """Also forgets what round trips were like: the path may be another one (RFC 9002 §5.2)."""
         super().on_persistent_congestion()
+        self._latest = self._recent = self._recent_before = inf
         self._shortest = self._before = inf
         self._peak = self._round_peak = 0.0
         self._period_end = self._round_start = -inf

@@ -1,4 +1,4 @@
-"""stp.core.tolerant: promises (1) to (3) of its head, with numbers worked out by hand.
+"""stp.core.tolerant: promises (1) to (4) of its head, with numbers worked out by hand.
 
 Packets have 1,000 bytes, so that a window in thousands of bytes is one in packets. Times are seconds.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from stp.core.cubic import Cubic
-from stp.core.tolerant import PEAK_DECAY, QUEUE_FLOOR, SHORTEST_FOR, Tolerant
+from stp.core.cubic import N_RTT_SAMPLE, Cubic
+from stp.core.tolerant import HALF, PEAK_DECAY, QUEUE_FLOOR, SHORTEST_FOR, Tolerant
 
 PACKET = 1000
 
@@ -17,9 +17,15 @@ def controller(*round_trips: float, window: int = 100) -> Tolerant:
     """Had these round trips, each a round of its own, and has a window of `window` packets."""
     found = Tolerant(PACKET)
     for n, latest in enumerate(round_trips):
-        found.on_sample(latest, float(n), float(n))
+        meet(found, latest, float(n))
     found.cwnd = window * PACKET
     return found
+
+
+def meet(tolerant: Tolerant, latest: float, now: float, *, ends: bool = True) -> None:
+    """Eight round trips in a row, the last of which ends a round."""
+    for n in range(N_RTT_SAMPLE):
+        tolerant.on_sample(latest, now if ends and n == N_RTT_SAMPLE - 1 else -1.0, now)
 
 
 def test_a_loss_without_a_queue_costs_what_was_lost() -> None:
@@ -69,7 +75,7 @@ def test_the_window_never_falls_below_two_packets() -> None:
 def test_what_was_reduced_for_a_queue_is_not_reduced_again() -> None:
     tolerant = controller(0.030, 0.060)
     tolerant.on_congestion(9.9, 10.0, PACKET)
-    tolerant.on_sample(0.030, 9.95, 10.01)
+    meet(tolerant, 0.030, 10.01)
     tolerant.on_congestion(9.95, 10.01, PACKET)
     assert tolerant.cwnd == 70_000
 
@@ -80,7 +86,7 @@ def test_growth_starts_anew_towards_what_was_known() -> None:
     """
     tolerant = controller(0.030, 0.060)
     tolerant.on_congestion(9.9, 10.0, PACKET)
-    tolerant.on_sample(0.030, 10.1, 10.2)
+    meet(tolerant, 0.030, 10.2)
     tolerant.on_congestion(10.2, 10.3, PACKET)
     assert tolerant.cwnd == 69_000
     for n in range(214):
@@ -120,21 +126,32 @@ def test_evidence_of_a_queue(shortest: float, peak: float, evidence: float) -> N
     for excess, seen in ((evidence - 1e-4, False), (evidence + 1e-4, True)):
         tolerant = controller(shortest, peak)
         tolerant._peak = peak  # that of this very round
-        tolerant.on_sample(shortest + excess, 0.5, 2.0)
+        meet(tolerant, shortest + excess, 2.0, ends=False)
         assert tolerant.queue_seen() is seen
+
+
+def test_late_acks_are_no_queue() -> None:
+    """Promise (4): a busy processor delays some, a queue delays all."""
+    tolerant = controller(0.030)
+    for _ in range(HALF):
+        tolerant.on_sample(0.080, -1.0, 1.0)
+        assert not tolerant.queue_seen()
+    assert tolerant._peak == pytest.approx(0.030)
+    tolerant.on_sample(0.080, -1.0, 1.0)
+    assert tolerant.queue_seen()
 
 
 def test_the_peak_is_forgotten_by_rounds() -> None:
     """An eighth of the way to each round's longest; within a round nothing is forgotten."""
     tolerant = controller(0.030, 0.070)
     for n in range(20):
-        tolerant.on_sample(0.030, 0.5, 1.5 + 0.01 * n)
+        meet(tolerant, 0.030, 1.5 + 0.01 * n, ends=False)
     assert tolerant._peak == pytest.approx(0.070)
-    tolerant.on_sample(0.030, 3.0, 3.0)
-    tolerant.on_sample(0.030, 4.0, 4.0)
+    meet(tolerant, 0.030, 3.0)  # ends the round of 70 ms
+    meet(tolerant, 0.030, 4.0)
     assert tolerant._peak == pytest.approx(0.030 + 0.040 * (1 - 1 / PEAK_DECAY))
     for n in range(5, 60):
-        tolerant.on_sample(0.030, float(n), float(n))
+        meet(tolerant, 0.030, float(n))
     assert tolerant._peak < 0.031
 
 
@@ -144,7 +161,7 @@ def test_the_shortest_round_trip_is_forgotten() -> None:
     seen = []
     for period in (0.5, 1.5, 2.5):
         for n in range(60):
-            tolerant.on_sample(0.045, period * SHORTEST_FOR + n, period * SHORTEST_FOR + n)
+            meet(tolerant, 0.045, period * SHORTEST_FOR + n)
         seen.append(tolerant.queue_seen())
     assert seen == [True, True, False]
 
@@ -155,5 +172,5 @@ def test_persistent_congestion_forgets_the_path() -> None:
     tolerant.on_congestion(9.9, 10.0, PACKET)
     tolerant.on_persistent_congestion()
     assert (tolerant.cwnd, tolerant.slow_start, tolerant.queue_seen()) == (2000, True, True)
-    tolerant.on_sample(0.090, 20.0, 20.0)
+    meet(tolerant, 0.090, 20.0)
     assert not tolerant.queue_seen()
