@@ -103,18 +103,52 @@ def root() -> None:
 
 
 @root.command()
+@click.argument("host", required=False)
 @click.option("--count", "-c", default=3, show_default=True, type=click.IntRange(1), help="How many.")
 @click.option("--interval", default=1.0, show_default=True, metavar="SECONDS", help="Between two.")
+@click.option("--load", metavar="RATE", help="Load the link with echoed datagrams: 500kbit, 1Mbit.")
+@click.option(
+    "--for", "duration", default="10s", show_default=True, metavar="TIME", help="How long to load it."
+)
+@click.option("--size", default=0, type=click.IntRange(0), help="Bytes of each datagram.  [default: 1000]")
 @click.option("--output", "-o", type=click.Choice(["text", "json"]), default="text", help="How to print.")
 @connects
-def ping(target: Target, count: int, interval: float, output: str) -> None:
-    """Measure round trips to the keeper.
+def ping(
+    target: Target,
+    host: str | None,
+    count: int,
+    interval: float,
+    load: str | None,
+    duration: str,
+    size: int,
+    output: str,
+) -> None:
+    """Measure round trips to the keeper, at rest or under load. HOST: as --url, with or without stp://.
 
     \b
     stp ping
-    stp ping -c 10 --interval 0.2 --url stp://gw-1@192.168.1.5
+    stp ping gw-1@192.168.1.5 -c 10 --interval 0.2
+    stp ping --load 1Mbit --for 10s       round trips, jitter and loss of a loaded link
     """
-    run(partial(_ping, target, count, interval, output), target)
+    if host:
+        target.url = host if "://" in host else f"stp://{host}"
+    if load is None:
+        run(partial(_ping, target, count, interval, output), target)
+    else:
+        run(partial(_ping_under_load, target, load, duration, size, output), target)
+
+
+async def _ping_under_load(target: Target, load: str, duration: str, size: int, output: str) -> None:
+    from stp import underload
+
+    rate, seconds = underload.read_rate(load), underload.read_seconds(duration)
+    async with session_of(target) as session:
+        found = await underload.measure(session, rate, size, seconds, target.timeout)
+    if output == "json":
+        emit_json(**found)
+    else:
+        for line in underload.describe(found):
+            emit(line)
 
 
 async def _ping(target: Target, count: int, interval: float, output: str) -> None:

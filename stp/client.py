@@ -29,10 +29,12 @@ import trio
 from attrs import evolve
 
 from stp.batch import Properties, node_id
-from stp.connection import REHANDSHAKE, Owner, Unreachable
-from stp.control import Hello, Subscribe, Subscribed, Unsubscribe
+from stp.connection import REHANDSHAKE, Owner
+from stp.control import Hello, Subscribe, Unsubscribe
 from stp.core.errors import MessageError, UsageError
+from stp.core.events import DatagramReceived
 from stp.dialler import Dialler
+from stp.echo import LoadReport
 from stp.enrol import IdentitySource, load_identity
 from stp.identity import Identity, parse_url
 from stp.link import (
@@ -45,6 +47,7 @@ from stp.link import (
     Writable,
 )
 from stp.outbox import Refused, Ticket
+from stp.pings import Pings
 from stp.publisher import MEMORY, Publisher
 from stp.reader import Reader
 from stp.requests import REQUEST_TIMEOUT, Requests
@@ -184,8 +187,8 @@ class Client:
         self._published = 0
         self._ids = itertools.count(1)
         self._readers: dict[str, Reader] = {}
-        self._answers: dict[str, trio.Event] = {}
         self._requests = Requests(self, identity.node)
+        self._pings = Pings(self._connection, identity.node)
         self._refused_messages = 0
         self._refused_logged = -REFUSED_LOG_INTERVAL
 
@@ -453,23 +456,27 @@ class Client:
 
         Raises Unreachable.
         """
-        ping_id, answered = f"ping-{next(self._ids)}", trio.Event()
-        self._answers[ping_id] = answered
-        began = trio.current_time()
-        try:
-            with trio.move_on_after(timeout):
-                link = self._connection.link
-                if link is not None:
-                    link.send(Subscribe(ping_id, (f"$inbox/{self.identity.node}/ping",)))
-                    self._connection.wake()
-                    await answered.wait()
-                    link.send(Unsubscribe(ping_id))
-        finally:
-            del self._answers[ping_id]
-        if not answered.is_set():
-            raise Unreachable(self._connection.where, timeout, self._connection.cause)
-        took = trio.current_time() - began
-        return Ping(took, min(took, self._connection.statistics().rtt))  # smoothed, so it may lag behind
+        return await self._pings.ask(timeout)
+
+    # -- unreliable datagrams ------------------------------------------------------------------------------
+
+    def send_datagram(self, data: bytes) -> bool:
+        """Send bytes that may be lost and are never sent again. False: not now, the link takes no more.
+
+        Raises UsageError for more than one packet holds. The keeper hands none on: docs/client.md says what for.
+        """
+        return self._pings.send(data)
+
+    def datagrams(self) -> AsyncIterator[bytes]:
+        """Unreliable datagrams of the keeper, as they come. The oldest are dropped while nobody takes them."""
+        return self._pings.received()
+
+    async def load(self, rate: float, *, size: int = 0, seconds: float = 10.0) -> LoadReport:
+        """Send echo requests at `rate` bytes a second and measure what becomes of them (protocol §10.5).
+
+        `size`: bytes of each, 0 for 1,000. Raises UsageError, Unreachable.
+        """
+        return await self._pings.load(rate, size, seconds)
 
     # -- what is known -----------------------------------------------------------------------------------
 
@@ -561,7 +568,10 @@ class Client:
             case Writable(lane=lane):
                 self._publisher.on_writable(lane, now)
             case SubscribedReceived(subscribed=subscribed):
-                self._on_subscribed(subscribed)
+                if not self._pings.on_subscribed(subscribed.id):
+                    self._inbox.on_subscribed(subscribed)
+            case DatagramReceived(data=data):
+                self._pings.on_datagram(data, now)
             case _:
                 pass
 
@@ -574,13 +584,6 @@ class Client:
         """The events of one wake-up are done."""
         self._inbox.flush(trio.current_time())
         self._queued()
-
-    def _on_subscribed(self, subscribed: Subscribed) -> None:
-        answered = self._answers.get(subscribed.id)
-        if answered is not None:
-            answered.set()
-        else:
-            self._inbox.on_subscribed(subscribed)
 
     async def _timer_loop(self) -> None:
         """Lingers, and pauses after refusals."""

@@ -334,6 +334,9 @@ class Link:
                 self._end(LinkClosed(code, reason, by_peer), out)
             case core_events.NewToken(token=token):
                 self.token = token
+            case core_events.DatagramReceived():
+                if self.connected:
+                    out.append(event)
 
     def _on_stream_ended(self, stream: int) -> None:
         """FIN, RESET_STREAM or STOP_SENDING: only streams that carry no messages may end (§10, streams)."""

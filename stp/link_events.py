@@ -8,6 +8,7 @@ from attrs import define
 
 from stp.control import Goaway, Hello, Status, Subscribe, Subscribed
 from stp.core.errors import ErrorCode, LocalCause
+from stp.core.events import DatagramReceived
 from stp.records import RecordHead, RefusedCode
 
 
@@ -156,6 +157,7 @@ LinkEvent: TypeAlias = (
     | MovedReceived
     | RevokedReceived
     | Writable
+    | DatagramReceived
     | LinkClosed
 )
 

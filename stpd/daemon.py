@@ -28,6 +28,7 @@ from stp.core.endpoint import Endpoint, EndpointConfig
 from stp.core.errors import ErrorCode
 from stp.core.handshake import PeerIdentity
 from stp.core.session import Session
+from stp.echo import ECHO_TOTAL, Allowance, Responder
 from stp.identity import (
     ContextCache,
     Identity,
@@ -100,6 +101,7 @@ class Daemon:
         self.handshakes_refused = 0
         self._notifier = Notifier()
         self._throttle = Throttle()
+        self._echo_allowance = Allowance(0)
         self._path = path
         self._state = Path(config.state_dir)
         self._carriers: list[UdpCarrier] = []
@@ -244,6 +246,7 @@ class Daemon:
             max_subscriptions=self.config.limits.subscriptions_per_session,
             ttl_of=lambda lane, prefix: self.classes.of(lane, prefix).ttl,
             limit_of=self._limit_of,
+            responder=self._make_responder,
         )
         nursery.start_soon(self.store.watch)
         await self._bind(nursery)
@@ -384,6 +387,13 @@ class Daemon:
         limits = self.config.limits
         limit = PeerLimit(limits.peer_messages_per_second, limits.peer_bytes_per_second)
         return limit if limit and self.role_of(node) != "gateway" else None
+
+    def _make_responder(self) -> Responder:
+        """For one session: its own allowance of echoes, and the one that all share."""
+        rate = self.config.limits.echo_bytes_per_second
+        if self._echo_allowance.rate != rate * ECHO_TOTAL:
+            self._echo_allowance = Allowance(rate * ECHO_TOTAL)
+        return Responder(rate, self._echo_allowance)
 
     def _authorise(self, peer: PeerIdentity) -> str | None:
         """May this certificate's owner have a session? None, or the reason why not."""

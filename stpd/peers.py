@@ -9,6 +9,7 @@ from attrs import define, field
 
 from stp.control import Goaway, Subscribe, Subscribed
 from stp.core.verbs import AnySession
+from stp.echo import Responder
 from stp.link import Link, LinkClosed
 from stpd.hops import Feed
 from stpd.relay import Door
@@ -41,6 +42,17 @@ class Peer:
     moving_since: float = 0.0
     told_moved: bool = False
     heard_moved: bool = False
+
+    responder: Responder | None = None
+    """Answers echo requests; none where we dialled."""
+
+    def on_datagram(self, data: bytes, now: float) -> None:
+        """An unreliable datagram: an echo request, or nothing to us (protocol §10.5)."""
+        if self.responder is None:
+            return
+        reply = self.responder.answer(data, now)
+        if reply is not None and len(reply) <= self.session.max_datagram_size:
+            self.session.send_datagram(reply)
 
     @property
     def session(self) -> AnySession:

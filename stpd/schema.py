@@ -13,6 +13,8 @@ from typing import Annotated, Any, Final, Literal
 
 from attrs import Factory, define, field
 
+from stp.echo import ECHO_RATE
+
 Role = Literal["gateway", "hub"]
 Durability = Literal["sync", "memory"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -128,6 +130,9 @@ class LimitsConfig:
     """Messages a second taken from one peer; faster ones are held back by credit. 0: no limit."""
     peer_bytes_per_second: Rate = 0
     """Record bytes a second taken from one peer; faster ones are held back by credit. 0: no limit."""
+    echo_bytes_per_second: int = ECHO_RATE
+    """Bytes a second of echo requests (`stp ping --load`) that one session is answered, and all together four times
+    as many. 0: none."""
 
 
 @define(kw_only=True)

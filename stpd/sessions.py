@@ -20,7 +20,9 @@ from attrs import define
 from stp.batch import node_id
 from stp.control import Goaway, Hello, Subscribe, Subscribed
 from stp.core.errors import ErrorCode, LocalCause
+from stp.core.events import DatagramReceived
 from stp.core.verbs import AnySession
+from stp.echo import Responder
 from stp.link import (
     DrainCreditReceived,
     GoawayReceived,
@@ -97,6 +99,7 @@ class Sessions:
         max_subscriptions: int,
         ttl_of: Callable[[int, str], float],
         limit_of: Callable[[str], PeerLimit | None] = lambda node: None,
+        responder: Callable[[], Responder | None] = lambda: None,
     ) -> None:
         """*spawn(function, *args)* runs an async function beside the rest, *later(seconds, function)* calls one
         once; the daemon gives its nursery, a simulation its own.
@@ -124,6 +127,7 @@ class Sessions:
         self._max_subscriptions = max_subscriptions
         self._ttl_of = ttl_of
         self._limit_of = limit_of
+        self._responder = responder
 
     # -- from the carriers
 
@@ -152,6 +156,7 @@ class Sessions:
             may_speak_for=partial(self._may_speak_for, session, upstream is not None),
         )
         peer = Peer(link, self._wall_ms(), upstream, older=continues)
+        peer.responder = self._responder() if upstream is None else None
         link.app = peer
         session.app = link
         self.peers[id(session)] = peer
@@ -201,6 +206,8 @@ class Sessions:
                         self._relay.rejected(peer.door, event)
                 case RefusedReceived():
                     self._on_refused(peer, event)
+                case DatagramReceived(data=data):
+                    peer.on_datagram(data, self._now())
                 case _:
                     self._on_rare(peer, event)
         if peer.successor is not None:

@@ -38,7 +38,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.core.session stp.core.framed",
     "stp.core.endpoint",
     # -- stp: messages, sans-IO too
-    "stp.topics stp.sources stp.fields",
+    "stp.topics stp.sources stp.fields stp.echo",
     "stp.batch stp.control",
     "stp.records",
     "stp.lanes stp.link_events",
@@ -51,7 +51,9 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.enrol stp.outbox stp.connection",
     "stp.dialler stp.publisher stp.subscriber",
     "stp.reader stp.requests stp.statistics",
+    "stp.pings",
     "stp.client",
+    "stp.underload",
     "stp.cli",
     # -- stpd: what is said of the daemon, and what it is told
     "stpd.status stpd.schema stpd.problems stpd.templates stpd.logs stpd.notify stpd.httpd stpd.ledger"
@@ -100,7 +102,16 @@ FLOORS: Final[tuple[str, ...]] = (
 FRONT_DOORS: Final = {"stp": "stp.client"}
 """A package's `__init__` may import what it offers: it stands just above that module."""
 
-PURE: Final = ("stp.core.", "stp.topics", "stp.batch", "stp.records", "stp.control", "stp.fields", "stp.link")
+PURE: Final = (
+    "stp.core.",
+    "stp.topics",
+    "stp.batch",
+    "stp.records",
+    "stp.control",
+    "stp.fields",
+    "stp.link",
+    "stp.echo",
+)
 IMPURE: Final = frozenset(
     {"trio", "socket", "time", "random", "logging", "sqlite3", "threading", "asyncio", "select"}
 )

@@ -19,7 +19,9 @@ from stp.carriers.udp import UdpCarrier
 from stp.control import ClassRule, Hello, Subscribe, Subscribed
 from stp.core.endpoint import Endpoint, EndpointConfig
 from stp.core.errors import ErrorCode
+from stp.core.events import DatagramReceived
 from stp.core.session import Session
+from stp.echo import Allowance, Responder
 from stp.identity import ContextCache, TimeFloor
 from stp.link import (
     Link,
@@ -58,6 +60,7 @@ class Peer:
     """SUBSCRIBE id → (durable name, filters)."""
     sent: dict[int, dict[int, int]] = Factory(dict)
     """lane → place → position in the log."""
+    responder: Responder = Factory(lambda: Responder(1_000_000, Allowance(1_000_000)))
 
 
 class Keeper:
@@ -165,6 +168,10 @@ class Keeper:
                     self._on_subscribe(peer, wanted)
                 case UnsubscribeReceived(id=sub_id):
                     peer.live.pop(sub_id, None)
+                case DatagramReceived(data=data):
+                    reply = peer.responder.answer(data, trio.current_time())
+                    if reply is not None:
+                        session.send_datagram(reply)
                 case LinkClosed():
                     self.peers.pop(id(session), None)
                 case _:

@@ -86,6 +86,31 @@ async def test_ping_request_and_bench(keeper: Keeper, bundle: str, capfd: pytest
     assert len(keeper.messages) == 601 + 1
 
 
+async def test_ping_under_load(keeper: Keeper, bundle: str, capfd: pytest.CaptureFixture[str]) -> None:
+    host = keeper.url.removeprefix("stp://")
+    options = ("--load", "400kbit", "--for", "0.5s", "--identity", bundle)
+    assert await run("ping", host, *options, "-o", "json") == 0
+    found = json.loads(capfd.readouterr().out)
+    assert (found["node"], found["size"], found["load_bit_s"]) == ("gw-1", 1000, 400_000)
+    assert (
+        found["sent"] == found["answered"] + found["unanswered"] + found["lost_up"] + found["lost_down"] > 10
+    )
+    assert 0 < found["rtt_ms"]["min"] <= found["rtt_ms"]["p50"] <= found["rtt_ms"]["p99"]
+    assert found["ping_ms"]["idle"] > 0
+    assert await run("ping", host, *options, "--size", "200") == 0
+    text = capfd.readouterr().out
+    assert text.startswith("gw-1: 400 kbit/s of 200-byte datagrams, echoed, for 0.5 s\n")
+    assert "jitter" in text
+    assert "goodput" in text
+    for wrong, words in (
+        (("--load", "fast"), "rate such as"),
+        (("--load", "1Mbit", "--for", "0s"), "time such as"),
+        (("--load", "1Mbit", "--size", "20000"), "a packet here holds"),
+    ):
+        assert await run("ping", host, "--identity", bundle, *wrong) == 64
+        assert words in capfd.readouterr().err
+
+
 async def test_what_goes_wrong_is_told_in_two_lines(
     keeper: Keeper, bundle: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
