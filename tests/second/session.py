@@ -44,7 +44,9 @@ class Closed(Exception):
 class Session:
     """A client's session. `drop` may lose a datagram, either way: it is asked for each."""
 
-    def __init__(self, bundle: Bundle, *, drop: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self, bundle: Bundle, *, token: bytes = b"", drop: Callable[[], bool] = lambda: False
+    ) -> None:
         self.bundle = bundle
         self._drop = drop
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -56,7 +58,9 @@ class Session:
         self._peer_cids: dict[int, tuple[bytes, bytes]] = {}
         """By seq: CID and reset token."""
         self._seq = 0
-        self._retry_scid = self._token = b""
+        self._retry_scid = b""
+        self._token = token
+        """A NEW_TOKEN of an earlier session, later what a Retry brought."""
         self._adopted = False
         self._initial: InitialKeys | None = InitialKeys(self._dcid, bundle.network_key)
         self._init = Space(random.getrandbits(31))
@@ -191,6 +195,7 @@ class Session:
     def _say_hello(self) -> None:
         """§4: the INIT stream from its start, under the keys of the present DCID."""
         self._hc = make_hello(self.original_dcid, self._own_cids[0], self._retry_scid)
+        self._init.probing = True
         self._init.queue.clear()
         self._init.sent.clear()
         self._crypto_at = 0
@@ -398,6 +403,7 @@ class Session:
             stream.limit = max(stream.limit, fields[1])
         elif kind == f.HANDSHAKE_DONE:
             self.connected, self._initial = True, None
+            self._init.probing = False
             self._init.sent.clear()
             self._peer_cids.setdefault(0, (self._dcid, fields[0]))
         elif kind == f.NEW_CID:

@@ -43,7 +43,9 @@ class Space:
         self.largest_acked = -1
         self.rtt: float | None = None
         self.backoff = 0
-        self.first_number = first_number
+        self.last_sent = 0.0
+        self.probing = False
+        """A timer runs with nothing under way, too (R-4-18)."""
 
     @property
     def pto(self) -> float:
@@ -52,11 +54,12 @@ class Space:
         return min(base * (1 << self.backoff), max(1.0, 2 * base))
 
     def deadline(self) -> float | None:
-        return max(at for at, _ in self.sent.values()) + self.pto if self.sent else None
+        return self.last_sent + self.pto if self.sent or self.probing else None
 
     def note_sent(self, now: float, frames: list[bytes]) -> None:
         if frames:
             self.sent[self.next_number] = (now, frames)
+            self.last_sent = now
         self.next_number += 1
 
     def on_ack(self, ranges: list[tuple[int, int]], delay_us: int, now: float) -> None:
@@ -79,6 +82,8 @@ class Space:
         deadline = self.deadline()
         if deadline is not None and now >= deadline:
             self.backoff += 1
+            if not self.sent:
+                self.queue.append(b"\x01")  # PING
             for number in sorted(self.sent, reverse=True):
                 self.queue.extendleft(reversed(self.sent.pop(number)[1]))
 

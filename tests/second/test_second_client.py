@@ -41,7 +41,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
 
 
 class Second(Protocol):
-    def __call__(self, node: str, seed: int = 0, loss: float = 0.0) -> Client: ...
+    def __call__(self, node: str, seed: int = 0, loss: float = 0.0, token: bytes = b"") -> Client: ...
 
 
 @pytest.fixture
@@ -49,10 +49,10 @@ def second(gateway: Node) -> Iterator[Second]:
     """Makes clients that lose this part of their datagrams in either direction."""
     made: list[Client] = []
 
-    def make(node: str, seed: int = 0, loss: float = 0.0) -> Client:
+    def make(node: str, seed: int = 0, loss: float = 0.0, token: bytes = b"") -> Client:
         dice = random.Random(seed)
         bundle = Bundle(gateway.fleet.device(node, gateway))
-        made.append(Client(Session(bundle, drop=lambda: dice.random() < loss)))
+        made.append(Client(Session(bundle, token=token, drop=lambda: dice.random() < loss)))
         return made[-1]
 
     yield make
@@ -161,6 +161,19 @@ async def test_it_survives_loss(second: Second, gateway: Node, seed: int) -> Non
     await exchange(client, gateway, size=3000, count=20)
     assert client.session.counts["dropped"] > 5
     client.close()
+
+
+@pytest.mark.real
+def test_a_token_of_an_earlier_session_spares_the_retry_once(second: Second) -> None:
+    """R-4-22, R-4-23: a used one counts as none, and draws a Retry."""
+    token = b""
+    for retries in (1, 0, 1):
+        client = second("returning", token=token)
+        client.start()
+        assert client.session.counts["retry"] == retries
+        client.until(lambda client=client: bool(client.session.token))  # type: ignore[misc]
+        token = token if retries == 0 else client.session.token
+        client.close()
 
 
 @pytest.mark.real
