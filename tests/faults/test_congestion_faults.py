@@ -10,6 +10,7 @@ this one at 30 ms. Of CUBIC these tests ask for nearly all that the law gives, o
 
 from __future__ import annotations
 
+from collections import Counter
 from math import sqrt
 
 import pytest
@@ -156,6 +157,64 @@ def test_fault_08_goodput_on_a_clean_link(rtt: float) -> None:
 @pytest.mark.many
 def test_fault_08_goodput_on_a_clean_link_10_mib() -> None:
     assert goodput(8, 0.03, 0.0, 10 * MIB) >= 0.85
+
+
+# -- what bulk leaves room for
+
+
+@pytest.mark.parametrize("bandwidth", [125_000, 1_250_000])
+def test_a_command_overtakes_bulk_that_fills_the_link(bandwidth: int) -> None:
+    """1 KiB, also at 1 Mbit/s with half a MiB queued before it: it leaves within a round trip of the loaded link, and
+    mostly within one of the empty link, whose ACK awaits a second packet (R-6-4). What is queued on the way, it does
+    not overtake: it arrives a full queue later.
+    """
+    net = Network(3, delay=0.015)
+    net.keep_log = False
+    hub, edge = net.listener(), net.dialler()
+    flow = Flow(net, hub, edge, 1 << 40)
+    link = net.link(edge, hub)
+    link.bandwidth = bandwidth
+    assert flow.session._data is not None
+    commands = flow.session.open_stream(weight=64)
+    sender, rtt = flow.session._data.streams.send[commands], flow.session._data.recovery.rtt
+    written, waits = 0, []
+
+    def left() -> bool:
+        flow.feed()
+        return sender.next == written
+
+    def pause() -> bool:
+        flow.feed()
+        return net.now >= until
+
+    for _ in range(20):
+        until = net.now + 60_000 / bandwidth
+        net._run(pause, until)
+        flow.session.write(commands, bytes(1024))
+        written += 1024
+        assert flow.session._data.streams.send[flow.lane].written - flow.received() > 400_000
+        wait = net.run(left, limit=10.0)
+        assert wait <= rtt.latest
+        waits.append(wait)
+    net.run(lambda: hub.received_length(flow.peer, commands) == written, limit=2.0)
+    assert sorted(waits)[10] <= 0.03 + 2 * BASE_DATAGRAM / bandwidth
+
+
+def test_bursts_are_short_on_a_slow_link() -> None:
+    """R-6-5: at 1 Mbit/s, where a packet takes 9.6 ms, two leave at a time, never four within 10 ms."""
+    net = Network(3, delay=0.015)
+    hub, edge = net.listener(), net.dialler()
+    flow = Flow(net, hub, edge, 1 << 40)
+    net.link(edge, hub).bandwidth = 125_000
+    until = net.now + 2.0
+    net._run(lambda: bool(flow.feed()) or net.now >= until, until)  # slow start is over
+    net.log.clear()
+    until += 3.0
+    net._run(lambda: bool(flow.feed()) or net.now >= until, until)
+    times = [at for at, source, _, data in net.log if source == edge.addr and len(data) > 1000]
+    assert len(times) > 200
+    assert max(Counter(times).values()) == 2
+    assert all(fourth - first > 0.01 for first, fourth in zip(times, times[3:], strict=False))
 
 
 def shares(
