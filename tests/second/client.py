@@ -6,22 +6,26 @@ import json
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from tests.second import messages as m
 from tests.second.hello import Malformed
 from tests.second.session import Session
+from tests.second.stream_session import StreamSession
 
 
 class Refused(Exception):
     """REFUSED: (code, reason)."""
 
 
-class Client:
+Carried = TypeVar("Carried", Session, StreamSession)
+
+
+class Client(Generic[Carried]):
     """One session of one process: publish, subscribe, receive."""
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
+    def __init__(self, session: Carried) -> None:
+        self.session: Carried = session
         self.source = os.urandom(16)
         self.run = time.time_ns() // 1_000_000
         self.hello: dict[str, Any] = {}
@@ -53,7 +57,7 @@ class Client:
             "time_ms": time.time_ns() // 1_000_000,
             "time_error_ms": 1000,
         }
-        self.session.write(0, m.write_control(m.HELLO, hello))
+        self.session.streams.write(0, m.write_control(m.HELLO, hello))
         self.session.connect()
         self.until(lambda: bool(self.hello))
 
@@ -62,7 +66,7 @@ class Client:
         deadline = time.monotonic() + timeout
         while True:
             self._parse_control()
-            for stream in [number for number in self.session.incoming if number]:
+            for stream in [number for number in self.session.streams.incoming if number]:
                 self._parse_lane(stream)
             if done():
                 return
@@ -82,8 +86,8 @@ class Client:
         """One batch, one record. (lane, place): kept when `kept[lane]` is above the place."""
         lane = self.lane_of(pairs[0][0])
         if lane not in self._lanes_out:
-            self._lanes_out[lane] = (self.session.open_stream(), 0)
-            self.session.write(self._lanes_out[lane][0], bytes([1, lane]))
+            self._lanes_out[lane] = (self.session.streams.open_stream(), 0)
+            self.session.streams.write(self._lanes_out[lane][0], bytes([1, lane]))
         stream, place = self._lanes_out[lane]
         publisher = m.node_id(self.session.bundle.domain, self.session.bundle.node)
         self._batches += 1
@@ -95,7 +99,7 @@ class Client:
             sequence=self._batches,
         )
         prefix = m.common_prefix([topic.encode() for topic, _ in pairs])
-        self.session.write(stream, m.write_record(lane, self.source, place + 1, batch, prefix))
+        self.session.streams.write(stream, m.write_record(lane, self.source, place + 1, batch, prefix))
         self._lanes_out[lane] = (stream, place + 1)
         return lane, place
 
@@ -106,7 +110,7 @@ class Client:
         """Live: from now on."""
         self._filters += filters
         body = {"id": "1", "filters": filters, "start": "now"}
-        self.session.write(0, m.write_control(m.SUBSCRIBE, body))
+        self.session.streams.write(0, m.write_control(m.SUBSCRIBE, body))
         self.until(lambda: any(kind == m.SUBSCRIBED for kind, _ in self.control))
         answer = json.loads(next(body for kind, body in self.control if kind == m.SUBSCRIBED))
         if not answer.get("ok"):
@@ -116,9 +120,9 @@ class Client:
         self.session.close()
 
     def _parse_control(self) -> None:
-        buffer = self.session.incoming[0].buffer
+        buffer = self.session.streams.incoming[0].buffer
         while len(buffer) >= 4 and len(buffer) >= (size := 4 + int.from_bytes(buffer[:4], "big")):
-            record = self.session.take(0, size)
+            record = self.session.streams.take(0, size)
             kind, body = record[4], record[5:]
             if not self.hello and kind != m.HELLO:
                 raise Malformed("HELLO comes first")
@@ -133,18 +137,18 @@ class Client:
                 raise Refused(m.read_refused(body))
 
     def _parse_lane(self, stream: int) -> None:
-        buffer = self.session.incoming[stream].buffer
+        buffer = self.session.streams.incoming[stream].buffer
         if stream not in self._lanes_in:
             if len(buffer) < 2 or not self.hello:
                 return
-            what, lane = self.session.take(stream, 2)
+            what, lane = self.session.streams.take(stream, 2)
             if what != 1:
                 raise Malformed("no lane")
             self._lanes_in[stream] = (lane, 0)
         lane, places = self._lanes_in[stream]
         before = places
         while len(buffer) >= 4 and len(buffer) >= (size := 4 + int.from_bytes(buffer[:4], "big")):
-            record = m.read_record(self.session.take(stream, size))
+            record = m.read_record(self.session.streams.take(stream, size))
             places += 1
             self.sources.add(record.source)
             for batch in record.batches:
@@ -155,4 +159,4 @@ class Client:
                 ]
         if places > before:
             self._lanes_in[stream] = (lane, places)
-            self.session.write(0, m.write_receipt(lane, places, places))
+            self.session.streams.write(0, m.write_receipt(lane, places, places))

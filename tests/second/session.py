@@ -18,27 +18,18 @@ from tests.second import frames as f
 from tests.second import packets
 from tests.second.hello import Malformed, make_hello, read_hello
 from tests.second.keys import ApplicationKeys, InitialKeys, context_hash
-from tests.second.space import INITIAL_PTO, Incoming, Outgoing, Space
+from tests.second.space import INITIAL_PTO, Space
+from tests.second.streams import Closed, Incoming, Streams
 from tests.second.tls import Bundle, Tls
 
 ROOM = packets.MINIMUM - 17 - packets.TAG
 """Bytes of frames in a DATA packet (R-6-7)."""
 WINDOW_PACKETS = 10
 HANDSHAKE_LIMIT = 10.0
-CONTROL_WINDOW, STREAM_WINDOW, SESSION_WINDOW = 64 * 1024, 512 * 1024, 2 * 1024 * 1024
-"""§7."""
 PROTOCOL, FLOW = 0x0A, 0x03
 QUIET = (f.ACK, f.CLOSE)
 """Frames that nobody acknowledges."""
 IN_INIT = (f.PING, f.ACK, f.CRYPTO, f.CLOSE)
-
-
-class Closed(Exception):
-    """The session is over: code and reason of the peer, or of the text."""
-
-    def __init__(self, code: int, reason: str = "") -> None:
-        super().__init__(f"{code:#x} {reason}")
-        self.code, self.reason = code, reason
 
 
 class Session:
@@ -69,14 +60,10 @@ class Session:
         self._hc = self._hs = b""
         self._keys: ApplicationKeys | None = None
         self._data = Space(0)
+        self.streams = Streams(self._data.queue)
         self._skip_at = random.randrange(256, 131073)
         self._phase_first = 0
         self._early: list[bytes] = []
-        self._outgoing = {0: Outgoing(CONTROL_WINDOW)}
-        self.incoming = {0: Incoming(CONTROL_WINDOW)}
-        self._session_limit, self._session_sent = SESSION_WINDOW, 0
-        self._session_granted = SESSION_WINDOW
-        self._next_stream = 2
         self._hint: tuple[float, Closed] | None = None
         self.connected = False
         self.token = b""
@@ -101,30 +88,6 @@ class Session:
             if time.monotonic() > deadline:
                 raise TimeoutError("handshake")
             self.step(deadline - time.monotonic())
-
-    def open_stream(self) -> int:
-        """A unidirectional one (R-5-3)."""
-        stream = self._next_stream
-        self._next_stream += 4
-        self._outgoing[stream] = Outgoing(STREAM_WINDOW)
-        return stream
-
-    def write(self, stream: int, data: bytes) -> None:
-        self._outgoing[stream].buffer += data
-
-    def take(self, stream: int, size: int) -> bytes:
-        """Bytes that the message layer is done with; credit follows (R-7-3)."""
-        incoming = self.incoming[stream]
-        taken = bytes(incoming.buffer[:size])
-        del incoming.buffer[:size]
-        if incoming.offset + incoming.window > incoming.granted + incoming.window // 2:
-            incoming.granted = incoming.offset + incoming.window
-            self._data.queue.append(f.write(f.MAX_STREAM_DATA, stream, incoming.granted))
-        total = sum(other.offset for number, other in self.incoming.items() if number)
-        if total + SESSION_WINDOW > self._session_granted + SESSION_WINDOW // 2:
-            self._session_granted = total + SESSION_WINDOW
-            self._data.queue.append(f.write(f.MAX_DATA, self._session_granted))
-        return taken
 
     def step(self, timeout: float) -> None:
         """Send what may be sent, wait for one burst or a timer, take it in. Raises Closed."""
@@ -155,8 +118,7 @@ class Session:
 
     def settled(self) -> bool:
         """Nothing waits to be sent or acknowledged."""
-        waiting = any(stream.buffer for stream in self._outgoing.values())
-        return not (waiting or self._data.queue or self._data.sent)
+        return not (self.streams.waiting or self._data.queue or self._data.sent)
 
     def close(self, code: int = 0, reason: str = "") -> None:
         """§9: say CLOSE, answer the 1st, 2nd, 4th … packet with it again, for 3 PTO."""
@@ -215,30 +177,17 @@ class Session:
                 self._send_init(kept, now)
         if self._keys is None:
             return
-        while self._data.ack_due or (len(self._data.sent) < WINDOW_PACKETS and self._fill()):
+        while self._data.ack_due or (
+            len(self._data.sent) < WINDOW_PACKETS and self.streams.fill(ROOM - 15 - 530)
+        ):
             room = ROOM - (len(self._ack(self._data)) if self._data.ack_due else 0)
             kept = []
             if len(self._data.sent) < WINDOW_PACKETS:
-                self._fill()
+                self.streams.fill(ROOM - 15 - 530)
                 while self._data.queue and room >= len(self._data.queue[0]):
                     kept.append(self._data.queue.popleft())
                     room -= len(kept[-1])
             self._send_data(kept, now)
-
-    def _fill(self) -> bool:
-        """Move stream bytes that have credit into a frame; whether a frame waits."""
-        for number, stream in self._outgoing.items():
-            if self._data.queue:
-                break
-            size = min(len(stream.buffer), stream.limit - stream.offset, ROOM - 15 - 530)
-            if number:
-                size = min(size, self._session_limit - self._session_sent)
-                self._session_sent += max(0, size)
-            if size > 0:
-                self._data.queue.append(f.write(f.STREAM, number, stream.offset, bytes(stream.buffer[:size])))
-                stream.offset += size
-                del stream.buffer[:size]
-        return bool(self._data.queue)
 
     @staticmethod
     def _ack(space: Space) -> bytes:
@@ -391,16 +340,9 @@ class Session:
 
     def _on_frame(self, frame: f.Frame) -> None:
         kind, *fields = frame
+        self.streams.on_frame(frame)
         if kind == f.ACK:
             self._data.on_ack(fields[1], fields[0], time.monotonic())
-        elif kind in (f.STREAM, f.STREAM_REST):
-            stream, offset, data = fields
-            self._stream(stream).add(offset, data)
-        elif kind == f.MAX_DATA:
-            self._session_limit = max(self._session_limit, fields[0])
-        elif kind == f.MAX_STREAM_DATA:
-            stream = self._outgoing[fields[0]]
-            stream.limit = max(stream.limit, fields[1])
         elif kind == f.HANDSHAKE_DONE:
             self.connected, self._initial = True, None
             self._init.probing = False
@@ -410,12 +352,8 @@ class Session:
             self._on_new_cid(*fields)
         elif kind == f.RETIRE_CID and self._own_cids.pop(fields[0], None):
             self._issue_cid(max(self._own_cids) + 1)
-        elif kind == f.PATH_CHALLENGE:
-            self._data.queue.append(f.write(f.PATH_RESPONSE, fields[0]))
         elif kind == f.NEW_TOKEN:
             self.token = fields[0]
-        elif kind == f.CLOSE:
-            raise Closed(fields[0], fields[1].decode())
 
     def _on_new_cid(self, seq: int, retire_prior_to: int, cid: bytes, token: bytes) -> None:
         self._peer_cids[seq] = (cid, token)
@@ -425,10 +363,3 @@ class Session:
         if self._seq < retire_prior_to:
             self._seq = min(self._peer_cids)
             self._dcid = self._peer_cids[self._seq][0]
-
-    def _stream(self, number: int) -> Incoming:
-        if number not in self.incoming:
-            if number & 3 != 3:
-                raise Malformed("a stream that a server does not open for us")
-            self.incoming[number] = Incoming(STREAM_WINDOW)
-        return self.incoming[number]

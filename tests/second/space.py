@@ -86,34 +86,3 @@ class Space:
                 self.queue.append(b"\x01")  # PING
             for number in sorted(self.sent, reverse=True):
                 self.queue.extendleft(reversed(self.sent.pop(number)[1]))
-
-
-class Incoming:
-    """Ordered bytes of one stream."""
-
-    def __init__(self, window: int = 0) -> None:
-        self.offset = 0
-        self.granted = self.window = window
-        self._ahead: dict[int, bytes] = {}
-        self.buffer = bytearray()
-
-    def add(self, offset: int, data: bytes) -> None:
-        if self.window and offset + len(data) > self.granted:
-            raise Malformed("FLOW")
-        if len(data) >= len(self._ahead.get(offset, b"")):
-            self._ahead[offset] = data
-        for at in sorted(self._ahead):
-            if at > self.offset:
-                break
-            fresh = self._ahead.pop(at)[self.offset - at :]
-            self.buffer += fresh
-            self.offset += len(fresh)
-
-
-class Outgoing:
-    """Bytes of one stream that wait for room and credit."""
-
-    def __init__(self, limit: int) -> None:
-        self.offset = 0
-        self.limit = limit
-        self.buffer = bytearray()

@@ -4,6 +4,7 @@
 (2) Handshake with Retry, hybrid group and exporter keys; HELLO; records kept; live subscription; CLOSE.
 (3) The same through loss in both directions.
 (4) Who is a stranger hears nothing, and who is not who it should be is not talked to.
+(5) Inside TLS on TCP sessions are as §11 says.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import ast
 import random
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -20,10 +22,16 @@ import trio
 
 import stp
 from bench.fleet import Fleet, Node
+from stp.core.errors import ErrorCode
+from stp.core.events import Connected
+from tests.carrier_kit import EDGE, HUB, Owner, listening
+from tests.identity_kit import shared
 from tests.second import frames
 from tests.second.client import Client
 from tests.second.keys import InitialKeys
-from tests.second.session import Closed, Session
+from tests.second.session import Session
+from tests.second.stream_session import StreamSession
+from tests.second.streams import Closed
 from tests.second.tls import Bundle
 
 HERE = Path(__file__).parent
@@ -41,15 +49,17 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
 
 
 class Second(Protocol):
-    def __call__(self, node: str, seed: int = 0, loss: float = 0.0, token: bytes = b"") -> Client: ...
+    def __call__(
+        self, node: str, seed: int = 0, loss: float = 0.0, token: bytes = b""
+    ) -> Client[Session]: ...
 
 
 @pytest.fixture
 def second(gateway: Node) -> Iterator[Second]:
     """Makes clients that lose this part of their datagrams in either direction."""
-    made: list[Client] = []
+    made: list[Client[Session]] = []
 
-    def make(node: str, seed: int = 0, loss: float = 0.0, token: bytes = b"") -> Client:
+    def make(node: str, seed: int = 0, loss: float = 0.0, token: bytes = b"") -> Client[Session]:
         dice = random.Random(seed)
         bundle = Bundle(gateway.fleet.device(node, gateway))
         made.append(Client(Session(bundle, token=token, drop=lambda: dice.random() < loss)))
@@ -79,7 +89,7 @@ def closed(gateway: Node, node: str) -> list[str]:
     return [line for line in gateway.tail(50).splitlines() if '"session_closed"' in line and node in line]
 
 
-async def exchange(client: Client, gateway: Node, size: int, count: int, rounds: int = 1) -> None:
+async def exchange(client: Client[Session], gateway: Node, size: int, count: int, rounds: int = 1) -> None:
     """Both ways between the second client and our own library, at the same gateway; all of it, in order.
 
     A round is less than a lane's window: a live subscriber that does not take more would miss it.
@@ -208,3 +218,59 @@ def test_a_break_of_the_text_closes_with_its_code(second: Second) -> None:
     with pytest.raises(Closed) as caught:
         client.until(lambda: False, timeout=5.0)
     assert caught.value.code == 0x0A
+
+
+# -- TLS on TCP (R-11-1)
+
+
+@pytest.fixture
+def edge(tmp_path: Path) -> Callable[[int], StreamSession]:
+    """Dials a TLS listener on this port."""
+
+    def dial(port: int, node: str = HUB) -> StreamSession:
+        path = tmp_path / "edge.pem"
+        path.write_bytes(shared().bundle(EDGE, upstream=(node, f"stp://127.0.0.1:{port}", 0.0)))
+        return StreamSession(Bundle(path), ("127.0.0.1", port))
+
+    return dial
+
+
+@pytest.mark.real
+async def test_a_session_in_tls_gives_back_what_it_is_sent(edge: Callable[..., StreamSession]) -> None:
+    """Promise (5). Twice a stream's first window each way, with credit; hello, session id and CLOSE agree."""
+    owner = Owner(echo=True)
+    sent = random.Random(2).randbytes(1 << 20)
+    async with listening(owner) as (_, port):
+        session = edge(port)
+
+        def talk() -> bytes:
+            session.connect()
+            stream = session.streams.open_stream()
+            session.streams.write(stream, sent)
+            came = bytearray()
+            deadline = time.monotonic() + 20
+            while len(came) < len(sent) and time.monotonic() < deadline:
+                session.step(0.1)
+                for number in session.streams.incoming:
+                    came += session.streams.take(number, 1 << 20)
+            session.close()
+            return bytes(came)
+
+        assert await trio.to_thread.run_sync(talk) == sent
+        closed = await owner.closed()
+        assert (closed.code, closed.by_peer) == (ErrorCode.NO_ERROR, True)
+        (ours,) = owner.sessions
+        assert ours.peer is not None
+        assert (ours.peer.node, ours.id) == (EDGE, session.id)
+
+
+@pytest.mark.real
+async def test_in_tls_another_name_ends_the_dial(edge: Callable[..., StreamSession]) -> None:
+    """Promise (4), R-4-8: its Finished never leaves, so the listener never believes in it."""
+    owner = Owner()
+    async with listening(owner) as (_, port):
+        session = edge(port, "hub-2")
+        with pytest.raises(Closed, match="not hub-2"):
+            await trio.to_thread.run_sync(session.connect)
+        session.abandon()
+        assert not owner.of(Connected)

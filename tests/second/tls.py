@@ -24,7 +24,7 @@ class Bundle:
             x509.load_der_x509_certificate(der) for label, _, der in blocks if label == "CERTIFICATE"
         ]
         self.leaf, self.anchor = certificates[0], certificates[-1]
-        found = {label: raw for label, _, raw in blocks}
+        found = {label: raw for label, _, raw in reversed(blocks)}  # of two, the first one sends (R-3-6)
         self.network_key = found.get("STP NETWORK KEY", b"")
         upstream = json.loads(found["STP UPSTREAM"])
         self.upstream_node: str = upstream["node"]
@@ -50,7 +50,7 @@ def der(certificate: x509.Certificate) -> bytes:
 class Tls:
     """The client's TLS object: bytes in, bytes out, and the exporter. Raises SSL.Error where TLS refuses."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, alpn: bytes = b"") -> None:
         context = SSL.Context(SSL.TLS_CLIENT_METHOD)
         context.set_min_proto_version(SSL.TLS1_3_VERSION)
         context.set_options(SSL.OP_NO_TICKET)
@@ -61,6 +61,8 @@ class Tls:
         assert store is not None
         store.add_cert(crypto.X509.from_cryptography(bundle.anchor))
         context.set_verify(SSL.VERIFY_PEER)
+        if alpn:
+            context.set_alpn_protos([alpn])
         self._own = der(bundle.leaf)
         self._connection = SSL.Connection(context, None)
         self._connection.set_connect_state()
@@ -69,7 +71,8 @@ class Tls:
 
     def feed(self, data: bytes) -> None:
         self._connection.bio_write(data)
-        self.advance()
+        if not self.done:
+            self.advance()
 
     def advance(self) -> None:
         try:
@@ -83,6 +86,20 @@ class Tls:
             return self._connection.bio_read(1 << 20)
         except SSL.WantReadError:
             return b""
+
+    def write(self, data: bytes) -> None:
+        """Inside TLS, for carriers that stay there; `output` has the records."""
+        self._connection.sendall(data)
+
+    def read(self) -> bytes:
+        """What came inside TLS."""
+        found = b""
+        try:
+            while data := self._connection.recv(1 << 16):
+                found += data
+        except SSL.WantReadError:
+            pass
+        return found
 
     @property
     def suite(self) -> str:
