@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from stpctl.errors import EXPLAINED, FAILED, UNREACHABLE, USAGE, CommandError
+from stpctl.paths import path
 from stpctl.session import Session, options
 
 if TYPE_CHECKING:
@@ -107,6 +108,9 @@ def sessions_show(session: Session, session_id: str) -> None:
 def sessions_kick(session: Session, session_id: str) -> None:
     """Close a session. Its peer may come back at once; to keep it out, revoke its certificate."""
     session.done(session.client.delete("sessions", session_id), f"closed {session_id}")
+
+
+root.add_command(path)
 
 
 # Edges, upstreams, readers -----------------------------------------------------------------------------

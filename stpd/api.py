@@ -35,6 +35,7 @@ from stpd.status import (
     KeyStatus,
     LedgerStatus,
     NewKey,
+    PathStatus,
     ReaderStatus,
     ReloadReport,
     SessionStatus,
@@ -86,6 +87,9 @@ class Managed(Protocol):
 
     def session(self, session_id: str) -> Answer[SessionStatus]:
         """One session by its id in hexadecimal, or by a unique beginning of it. Raises NotFoundError."""
+
+    def path(self, session_id: str) -> Answer[PathStatus]:
+        """The way to a session's peer, in numbers. Raises NotFoundError."""
 
     def kick(self, session_id: str) -> Answer[None]:
         """Close a session; its peer may come back at once. Raises NotFoundError."""
@@ -278,6 +282,7 @@ HANDLERS: Final[dict[tuple[str, str], tuple[Role, Handler]]] = {
     ("GET", "/v1/sessions"): (Role.VIEWER, _view(lambda c: c.managed.sessions())),
     ("GET", "/v1/sessions/{id}"): (Role.VIEWER, _view(lambda c: c.managed.session(c.argument))),
     ("DELETE", "/v1/sessions/{id}"): (Role.OPERATOR, _change(lambda c: c.managed.kick(c.argument))),
+    ("GET", "/v1/paths/{id}"): (Role.VIEWER, _view(lambda c: c.managed.path(c.argument))),
     ("GET", "/v1/edges"): (Role.VIEWER, _view(lambda c: c.managed.edges())),
     ("GET", "/v1/upstreams"): (Role.VIEWER, _view(lambda c: c.managed.upstreams())),
     ("GET", "/v1/readers"): (Role.VIEWER, _view(lambda c: c.managed.readers())),

@@ -28,6 +28,7 @@ from stp.core.endpoint import Endpoint, EndpointConfig
 from stp.core.errors import ErrorCode
 from stp.core.handshake import PeerIdentity
 from stp.core.session import Session
+from stp.core.verbs import AnySession
 from stp.echo import ECHO_TOTAL, Allowance, Responder
 from stp.identity import (
     ContextCache,
@@ -121,6 +122,13 @@ class Daemon:
 
     def addresses(self) -> list[str]:
         return [_text(carrier.local_address) for carrier in self._carriers]
+
+    def local_address(self, session: AnySession) -> str:
+        """Where that session leaves this machine, as far as its socket knows; "" over other carriers."""
+        for endpoint, carrier in zip(self._endpoints, self.carriers(), strict=False):
+            if any(one is session for one in endpoint.sessions):
+                return _text(carrier.local_address)
+        return ""
 
     def receive_buffer(self) -> int:
         return min((one.statistics().receive_buffer for one in self._carriers), default=0)

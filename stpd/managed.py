@@ -13,6 +13,7 @@ from stp.core.errors import ErrorCode
 from stpd.api import NotFoundError, RefusedError
 from stpd.events import EventWatcher
 from stpd.keys import JoinTokens
+from stpd.paths import path_status
 from stpd.peers import Peer, address_of, session_id
 from stpd.router import LANES
 from stpd.sessions import KEEPER_KINDS
@@ -28,6 +29,7 @@ from stpd.status import (
     LedgerStatus,
     NewKey,
     NodeCounts,
+    PathStatus,
     QuarantinedRecord,
     ReaderStatus,
     ReloadReport,
@@ -116,6 +118,13 @@ class Managed:
 
     def session(self, session_id: str) -> SessionStatus:
         return self._session(self._find(session_id))
+
+    def path(self, session_id: str) -> PathStatus:
+        peer = self._find(session_id)
+        d = self._daemon
+        return path_status(
+            peer, now_ms=d.wall_ms(), local_address=d.local_address(peer.session), trace_until_ms=0
+        )
 
     def _find(self, wanted: str) -> Peer:
         found = [

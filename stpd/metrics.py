@@ -19,6 +19,15 @@ from stpd.status import DaemonStatus, LaneLag, LedgerStatus
 MAX_HOPS: Final = 500
 """Hops with series of their own (2)."""
 OTHER: Final = "other"
+TOTALS: Final = {
+    "packets_lost": "Packets that left and did not arrive, as far as their senders found out.",
+    "probe_timeouts": "Times that an answer was overdue and a probe was sent.",
+    "key_updates": "Updates of the keys of a session.",
+    "datagrams_sent": "Unreliable datagrams of sessions that left, such as echoes.",
+    "datagrams_received": "Unreliable datagrams of sessions that came.",
+    "datagrams_dropped": "Unreliable datagrams of sessions that nobody fetched, or that became too large.",
+}
+"""Sums over all sessions: key of `Snapshot.traffic` and name of the metric -> help."""
 LANES: Final = {1: "command", 2: "event", 3: "telemetry", 4: "bulk"}
 
 
@@ -154,6 +163,8 @@ def _transport(s: Snapshot) -> Iterator[Metric]:
         "How often full packets of a session stopped arriving, and became smaller.",
         s.traffic.get("black_holes", 0),
     )
+    for key, text in TOTALS.items():
+        yield _counter(key, text, s.traffic.get(key, 0))
     yield _by(CounterMetricFamily, "packets_dropped", "Packets thrown away unanswered.", "reason", s.drops)
     yield _by(CounterMetricFamily, "socket_errors", "Failed socket calls.", "errno", s.socket_errors)
     yield _gauge(

@@ -161,6 +161,7 @@ class Services:
         errors: Counter[str] = Counter()
         for endpoint in self._daemon.endpoints():
             traffic["black_holes"] += endpoint.statistics().black_holes
+            traffic.update(attrs.asdict(endpoint.totals()))
         for carrier in self._daemon.carriers():
             found = carrier.statistics()
             for name in ("rx_bytes", "tx_bytes", "rx_datagrams", "tx_datagrams"):

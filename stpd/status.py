@@ -93,6 +93,72 @@ class ReaderStatus:
 
 
 @define(kw_only=True)
+class PathStatus:
+    """The way to one peer, and what the transport makes of it. Sizes are bytes; datagrams are UDP's."""
+
+    session: str
+    """32 hexadecimal digits."""
+    node: str = ""
+    carrier: str = ""
+    """udp, tls or unix. Over tls and unix the kernel's TCP or socket has the rest of the numbers."""
+    local_address: str = ""
+    address: str = ""
+    dialling: bool = False
+    since_ms: int = 0
+    now_ms: int = 0
+    datagram_bytes: int = 0
+    """Of full packets, as UDP payload; 0 where there are no packets."""
+    size_probes: int = 0
+    black_holes: int = 0
+    migrations: int = 0
+    rtt_ms: float = 0.0
+    """Smoothed; 0: nothing was measured yet."""
+    rtt_var_ms: float = 0.0
+    rtt_min_ms: float = 0.0
+    rtt_latest_ms: float = 0.0
+    packets_in: int = 0
+    packets_out: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    packets_lost: int = 0
+    loss_percent: float = 0.0
+    """Of all that left."""
+    probe_timeouts: int = 0
+    pto_count: int = 0
+    """Probes in a row that nobody answered: above 0 the peer is silent."""
+    congestion_state: str = ""
+    """slow start, congestion avoidance or recovery."""
+    congestion_window_bytes: int = 0
+    slow_start_threshold_bytes: int = 0
+    """0: not known yet."""
+    in_flight_bytes: int = 0
+    pacing_bytes_per_s: float = 0.0
+    credit_bytes: int = 0
+    """What the peer would still take on its lanes."""
+    limited_by: str = ""
+    """application, flow credit, congestion window or pacing: what kept more from leaving when this was asked."""
+    datagrams_sent: int = 0
+    """Unreliable datagrams, such as echoes of `stp ping --load`; so the next five."""
+    datagrams_acked: int = 0
+    datagrams_lost: int = 0
+    datagrams_received: int = 0
+    datagrams_refused: int = 0
+    datagrams_dropped: int = 0
+    cipher: str = ""
+    key_phase: int = 0
+    key_updates: int = 0
+    certificate_not_after_ms: int = 0
+    cids_local: int = 0
+    cids_remote: int = 0
+    keepalive_s: float = 0.0
+    failed_opens: int = 0
+    """Packets that did not open: somebody's noise, or damage on the way."""
+    repeated: int = 0
+    trace_until_ms: int = 0
+    """Until when its event log is written; 0: it is not, -1: as long as it lives."""
+
+
+@define(kw_only=True)
 class SessionStatus:
     """One association with a peer."""
 

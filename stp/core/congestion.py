@@ -33,6 +33,8 @@ class Congestion(Protocol):
 
     cwnd: int
     """Bytes that may be in flight."""
+    ssthresh: float
+    """Bytes below which the window grows by all that arrives; infinite while it is not known."""
     recovery_start: float
     """When the window was last reduced: what left at that time or before neither grows nor reduces it again."""
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Any, Final
 
-from attrs import Factory, define
+from attrs import Factory, define, evolve
 
 from stp.core import packet
 from stp.core.admission import (
@@ -32,6 +32,7 @@ from stp.core.admission import (
 from stp.core.congestion import Congestion, NewReno
 from stp.core.cubic import Cubic
 from stp.core.errors import ErrorCode, PacketError, UsageError
+from stp.core.events import EndpointTotals
 from stp.core.flow import WindowBudget
 from stp.core.handshake import PeerIdentity
 from stp.core.initspace import HANDSHAKE_DEADLINE, ClientHandshake, FirstInit, ServerHandshake, open_first
@@ -201,6 +202,7 @@ class Endpoint:
         self._black_holes = 0  # of sessions that are gone
         self._pushes = 0  # keeps the heap from comparing sessions
         self._counts = EndpointStatistics()
+        self._totals = EndpointTotals()
 
     # -- the owner's side
 
@@ -270,6 +272,13 @@ class Endpoint:
         self._counts.half_open = len(self._unfinished)
         self._counts.black_holes = self._black_holes + sum(s.black_holes for s in self._cids)
         return self._counts
+
+    def totals(self) -> EndpointTotals:
+        """Sums over all sessions since the start."""
+        found = evolve(self._totals)
+        for session in self._cids:
+            session.add_totals(found)
+        return found
 
     # -- input
 
@@ -518,7 +527,9 @@ class Endpoint:
             for dcid in unfinished.dcids:
                 self._by_init.pop(dcid, None)
         if session.state is State.CLOSED:
-            self._black_holes += session.black_holes if session in self._cids else 0
+            if session in self._cids:
+                self._black_holes += session.black_holes
+                session.add_totals(self._totals)
             for cid in self._cids.pop(session, ()):
                 self._by_cid.pop(cid, None)
             session.armed = None

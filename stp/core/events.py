@@ -122,12 +122,50 @@ class SessionStatistics:
     """Not taken by `send_datagram`: too many were waiting."""
     datagrams_dropped: int = 0
     """Too large since packets became smaller, or received and not fetched in time."""
+    probe_timeouts: int = 0
+    pto_count: int = 0
+    """Probe timeouts in a row since the last ACK of anything new."""
     key_updates: int = 0
+    key_phase: int = 0
+    """The phase bit of what we send, 0 or 1."""
     failed_opens: int = 0
     repeated: int = 0
     rtt: float = 0.0
+    """Smoothed."""
     rtt_var: float = 0.0
+    rtt_min: float = 0.0
+    """This and `rtt_latest`: 0 before the first round trip was measured."""
+    rtt_latest: float = 0.0
     cwnd: int = 0
+    """Bytes that may be in flight."""
+    ssthresh: int = 0
+    """Bytes below which the window grows by all that arrives; 0: not known yet."""
     in_flight: int = 0
+    """Bytes that left and are neither acknowledged nor lost."""
+    pacing_rate: float = 0.0
+    """Bytes a second at which packets leave at most."""
+    congestion_state: str = ""
+    """slow start, congestion avoidance or recovery."""
+    limited_by: str = ""
+    """What keeps more from leaving: application, flow credit, congestion window or pacing."""
+    cids_local: int = 0
+    """CIDs that the peer may use for us, the present one included."""
+    cids_remote: int = 0
+    """CIDs that we may use for the peer, the present one included."""
+    keepalive: float = 0.0
+    """Seconds of silence after which we ask whether the peer lives."""
     session_credit: int = 0
     """Bytes the peer would still take on all streams but 0."""
+
+
+@define
+class EndpointTotals:
+    """Sums over all sessions that an endpoint had, those that are over included."""
+
+    packets_lost: int = 0
+    probe_timeouts: int = 0
+    key_updates: int = 0
+    datagrams_sent: int = 0
+    """DATAGRAM frames; so the next two."""
+    datagrams_received: int = 0
+    datagrams_dropped: int = 0

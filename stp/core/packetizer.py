@@ -118,6 +118,11 @@ class Sealer:
         self._aead = aead
         self.first = self.next
 
+    @property
+    def phase(self) -> int:
+        """The phase bit of what we seal, 0 or 1."""
+        return self._prefix[0] & PHASE_BIT
+
     def _plan_skip(self) -> None:
         """R-2-6."""
         draw = int.from_bytes(self._random(4), "big")

@@ -200,6 +200,7 @@ class Recovery:
         "largest_acked",
         "last_sent_at",
         "lost_packets",
+        "probe_timeouts",
         "probes",
         "pto_count",
         "rtt",
@@ -226,8 +227,14 @@ class Recovery:
         self.waiting_since: float | None = None
         """Since when packets are under way without an ACK of anything new."""
         self.lost_packets = 0
+        self.probe_timeouts = 0
         self._loss_at: float | None = None
         self._acked_until = -1.0  # latest send time among the acknowledged
+
+    @property
+    def in_recovery(self) -> bool:
+        """Whether nothing that left after the last reduction was acknowledged yet (RFC 9002 §7.3.2)."""
+        return 0.0 <= self.congestion.recovery_start >= self._acked_until
 
     def on_sent(self, sent: Sent) -> None:
         """Something that asks for an ACK left."""
@@ -374,6 +381,7 @@ class Recovery:
         if deadline is None or deadline > now:
             return
         self.pto_count += 1
+        self.probe_timeouts += 1
         self.probes = PROBE_PACKETS
         wanted = PROBE_PACKETS
         for sent in self.sent:  # the oldest, again (RFC 9002 §6.2.4)

@@ -33,6 +33,7 @@ from stpd.status import (
     LedgerStatus,
     NewKey,
     NodeCounts,
+    PathStatus,
     QuarantinedRecord,
     ReaderStatus,
     ReloadReport,
@@ -83,6 +84,29 @@ class Double:
         if not ("ab" * 16).startswith(session_id):
             raise NotFoundError(f"no session {session_id}")
         return SessionStatus(id="ab" * 16, node="edge-1", since_ms=now_ms())
+
+    def path(self, session_id: str) -> PathStatus:
+        self.session(session_id)
+        return PathStatus(
+            session="ab" * 16,
+            node="edge-1",
+            carrier="udp",
+            local_address="192.0.2.7:9000",
+            address="192.0.2.1:9",
+            since_ms=now_ms() - 60_000,
+            now_ms=now_ms(),
+            datagram_bytes=1452,
+            rtt_ms=20.5,
+            rtt_min_ms=20.0,
+            packets_out=1000,
+            packets_lost=10,
+            loss_percent=1.0,
+            congestion_state="congestion avoidance",
+            congestion_window_bytes=58_080,
+            limited_by="congestion window",
+            cipher="TLS_AES_256_GCM_SHA384",
+            key_updates=2,
+        )
 
     def kick(self, session_id: str) -> None:
         self.session(session_id)

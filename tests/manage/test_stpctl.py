@@ -80,6 +80,13 @@ VIEWS = {
     ],
     "sessions list": ["ID", "abababab", "edge-1", "192.0.2.1:9"],
     "sessions show abab": ["abababab", "edge-1", "since"],
+    "path show abab": [
+        "edge-1: UDP from 192.0.2.7:9000, asked by 192.0.2.1:9, up 1 min",
+        "20.50 ms",
+        "1.00 %",
+        "Limited by the congestion window",
+        "2 updates",
+    ],
     "edges list": ["edge-1", "edge-2", "WAITING DOWN"],
     "edges lag": [
         "edge-2: away since",
@@ -250,6 +257,8 @@ async def test_what_the_daemon_says_no_to(home: Path, capsys: pytest.CaptureFixt
         "stat",
         "sessions",
         "sessions show",
+        "path",
+        "path show",
         "status -o xml",
         "status -w 0",
         "keys create --uses -1",
