@@ -6,6 +6,9 @@ A listener and a dialler process on loopback. The dialler holds all sessions on 
 at a time. Admission limits per address are lifted: this is a thousand gateways behind one NAT. The last line on
 stdout is JSON: `kib_per_session` is the growth of the listener's resident memory over the sessions, measured after
 garbage collection while all of them stand; `connect_s` runs from the first dial until the last session is connected.
+`handshakes_per_s` is what one core could do as a listener: one second over the CPU time that the listener's process
+spent per handshake, all of it, the Retry, both certificates and the socket included. Every handshake is a full one:
+no session is resumed, and none of the diallers has a NEW_TOKEN.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ DIALS: Final = 32
 """Handshakes under way at once."""
 SETTLE: Final = 1.0
 """Seconds after the last handshake until memory is read: INIT state is gone by then."""
-LIMIT: Final = 120.0
+LIMIT: Final = 600.0
+"""Seconds for everything."""
 WARM: Final = 20
 """Sessions made and measured before the count starts: what a process allocates once is not theirs."""
 
@@ -115,11 +119,13 @@ async def dial(directory: Path, port: int, count: int, server: subprocess.Popen[
             after = await ask()
             carrier.close()
     held = after["sessions"] - before["sessions"]
+    cpu = (after["cpu_s"] - before["cpu_s"]) / held
     return {
         "sessions": held,
         "kib_per_session": round((after["bytes"] - before["bytes"]) / 1024 / held, 2),
         "connect_s": round(took, 2),
-        "listener_cpu_ms_per_handshake": round((after["cpu_s"] - before["cpu_s"]) / held * 1000, 2),
+        "handshakes_per_s": round(1 / cpu),
+        "listener_cpu_ms_per_handshake": round(cpu * 1000, 2),
         "dialler_cpu_ms_per_handshake": round(own_cpu / held * 1000, 2),
     }
 

@@ -312,10 +312,12 @@ class Output:
     def _write_control(self, packet: PacketBuilder) -> None:
         if not self._has_control():
             return
-        for frame in list(self._to_say):
-            if not packet.add(frame, self, frame):
-                return
-            del self._to_say[frame]
+        if self._to_say:
+            for frame in list(self._to_say):
+                if not packet.add(frame, self, frame):
+                    return
+                del self._to_say[frame]
+            self._to_say = {}  # an emptied one keeps its room
         while self._answers:
             if not packet.add(self._answers[0], self, None):
                 return

@@ -105,6 +105,8 @@ class LocalCids:
     def on_acked(self, token: object) -> None:
         if isinstance(token, int):
             self._tokens.pop(token, None)
+            if not self._tokens:
+                self._tokens = {}  # an emptied one keeps its room
 
     def on_lost(self, token: object) -> None:
         if isinstance(token, int) and token in self._tokens and token not in self.pending:
@@ -122,7 +124,7 @@ class RemoteCids:
         self.tokens: dict[int, bytes] = {}
         """Reset tokens of what is not retired."""
         self._retire_prior_to = 0
-        self._retiring: set[int] = set()
+        self._retiring: dict[int, None] = {}  # empty ones take a third of an empty set
         self.pending: list[int] = []
 
     def on_new_cid(self, frame: NewCid) -> bool:
@@ -155,7 +157,7 @@ class RemoteCids:
 
     def _retire(self, seq: int) -> None:
         self.tokens.pop(seq, None)
-        self._retiring.add(seq)
+        self._retiring[seq] = None
         self.pending.append(seq)
         if len(self._retiring) > MAX_RETIRING:
             raise LimitError(f"more than {MAX_RETIRING} CIDs to retire")
@@ -170,7 +172,7 @@ class RemoteCids:
 
     def on_acked(self, token: object) -> None:
         if isinstance(token, int):
-            self._retiring.discard(token)
+            self._retiring.pop(token, None)
 
     def on_lost(self, token: object) -> None:
         if isinstance(token, int) and token in self._retiring and token not in self.pending:

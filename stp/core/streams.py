@@ -219,8 +219,8 @@ class RecvStream:
         self.final_size: int | None = None
         self.ended = False
         """The reader was told of the end, or the peer reset the stream."""
-        self._starts: list[int] = []
-        self._runs: list[bytearray] = []
+        self._starts: list[int] | None = None  # None while there is no gap: most streams never have one
+        self._runs: list[bytearray] | None = None
 
     def insert(self, offset: int, data: bytes, fin: bool) -> int:
         """Bytes at `offset` came, in order or not: by how much `highest` grew.
@@ -250,6 +250,8 @@ class RecvStream:
     def _keep(self, offset: int, data: bytes) -> None:
         """Bytes beyond a gap. Runs stay ascending, apart from one another and at most MAX_GAPS."""
         starts, runs = self._starts, self._runs
+        if starts is None or runs is None:
+            starts, runs = self._starts, self._runs = [], []
         at = bisect_right(starts, offset) - 1
         if at >= 0 and starts[at] + len(runs[at]) >= offset:
             known = starts[at] + len(runs[at]) - offset
@@ -272,16 +274,20 @@ class RecvStream:
 
     def merge(self) -> None:
         """`next` moved: take the runs that it has reached, and keep `chunks` short."""
-        taken = 0
-        for start, run in zip(self._starts, self._runs, strict=True):
-            if start > self.next:
-                break
-            taken += 1
-            if start + len(run) > self.next:
-                self.chunks.append(bytes(run[self.next - start :]))
-                self.next = start + len(run)
-        if taken:
-            del self._starts[:taken], self._runs[:taken]
+        starts, runs = self._starts, self._runs
+        if starts is not None and runs is not None:
+            taken = 0
+            for start, run in zip(starts, runs, strict=True):
+                if start > self.next:
+                    break
+                taken += 1
+                if start + len(run) > self.next:
+                    self.chunks.append(bytes(run[self.next - start :]))
+                    self.next = start + len(run)
+            if taken == len(starts):
+                self._starts = self._runs = None
+            else:
+                del starts[:taken], runs[:taken]
         if len(self.chunks) > MAX_CHUNKS:
             self.chunks[:] = [b"".join(self.chunks)]
 
@@ -306,6 +312,5 @@ class RecvStream:
         self.highest = self.next = self.final_size = final_size
         self.ended = True
         self.chunks.clear()
-        self._starts.clear()
-        self._runs.clear()
+        self._starts = self._runs = None
         return grown

@@ -350,7 +350,7 @@ def test_more_to_say_than_a_packet_holds(owner: str) -> None:
     if owner == "answers":
         space.output._answers += [frames.PathResponse(n.to_bytes(8, "big")).encode() for n in range(200)]
     elif owner == "cids":
-        space.remote_cids._retiring.update(range(1000, 1300))
+        space.remote_cids._retiring.update(dict.fromkeys(range(1000, 1300)))
         space.remote_cids.pending += range(1000, 1300)
         talk.peer._data.local_cids.next_seq = 5000  # type: ignore[union-attr]
     elif owner == "streams":
