@@ -47,7 +47,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.link",
     # -- stp: what touches the machine, and the front doors
     "stp.carriers.udp stp.carriers.streams stp.carriers.door stp.identity stp.pinned",
-    "stp.carriers.tls",
+    "stp.carriers.tls stp.carriers.unix",
     "stp.networks",
     "stp.enrol stp.outbox stp.connection",
     "stp.dialler stp.publisher stp.subscriber",
