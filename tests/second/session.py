@@ -1,8 +1,8 @@
 """§4 to §9 on the client's side: handshake, streams, acknowledgements, close; over one UDP socket.
 
-What is left out, because the text lets a client leave it out: migration, packets above 1,200 bytes, starting a
-key update (it would have to send 2^20 packets or stay an hour), DATAGRAM. Congestion control is a window that
-never grows beyond its first size.
+What is left out, because the text lets a client leave it out: migration, packets above 1,200 bytes, DATAGRAM. Keys
+are updated when a caller says so (the text wants it after 2^20 packets or an hour). Congestion control is a window
+that never grows beyond its first size.
 """
 
 from __future__ import annotations
@@ -115,6 +115,21 @@ class Session:
         if self._hint is not None and now >= self._hint[0]:
             raise self._hint[1]
         self._flush(now)
+
+    def update_keys(self) -> None:
+        """R-9-1: call it at the earliest 3 PTO after a packet of the current phase was acknowledged."""
+        assert self._keys is not None
+        self._keys.client.update()
+
+    @property
+    def phases(self) -> tuple[int, int]:
+        """Ours and the peer's, as far as it was heard."""
+        assert self._keys is not None
+        return self._keys.client.phase, self._keys.server.phase
+
+    @property
+    def pto(self) -> float:
+        return self._data.pto
 
     def settled(self) -> bool:
         """Nothing waits to be sent or acknowledged."""
@@ -318,7 +333,8 @@ class Session:
         content = server.next.open(data.number, data.header, data.sealed)
         if content is not None:
             server.update()
-            keys.client.update()
+            if keys.client.phase != server.phase:  # else it follows an update of ours
+                keys.client.update()
             self._phase_first = data.number
         return content
 

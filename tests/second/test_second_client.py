@@ -187,6 +187,22 @@ def test_a_token_of_an_earlier_session_spares_the_retry_once(second: Second) -> 
 
 
 @pytest.mark.real
+def test_it_updates_its_keys_and_the_gateway_follows(second: Second) -> None:
+    """R-9-2, twice: whitening and numbers go on, both directions move, and records are kept in every phase."""
+    client = second("updating")
+    client.start()
+    for phase in (0, 1, 0):
+        client.wait_kept(*client.publish([("second/update", b"x" * 3000)]))
+        client.until(client.session.settled)
+        assert client.session.phases == (phase, phase)
+        with pytest.raises(TimeoutError):
+            client.until(lambda: False, timeout=3 * client.session.pto)
+        client.session.update_keys()
+    assert client.session.counts["not opened"] == 0
+    client.close()
+
+
+@pytest.mark.real
 def test_the_wrong_network_key_meets_silence(second: Second) -> None:
     """Promise (4), R-3-6: not one datagram comes back, for a whole probe timeout and more."""
     client = second("stranger")
