@@ -68,9 +68,10 @@ def sessions_list(session: Session) -> None:
 
         now = time.time()
         return table(
-            ["id", "node", "role", "kind", "address", "up", "rtt ms", "in", "out", "messages in", "messages out"],
+            ["id", "node", "role", "kind", "over", "address", "up", "rtt ms", "in", "out", "messages in",
+             "messages out"],
             [
-                (s.id[:8], s.node, s.role or "-", s.kind or "-", ("> " if s.dialling else "") + s.address,
+                (s.id[:8], s.node, s.role or "-", s.kind or "-", s.carrier, ("> " if s.dialling else "") + s.address,
                  span(now - s.since_ms / 1000), round(s.rtt_ms, 1), size(s.bytes_in), size(s.bytes_out),
                  s.messages_in, s.messages_out)
                 for s in (from_dict(SessionStatus, one) for one in answer)

@@ -29,6 +29,8 @@ RULE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,63}")
 NODE_NAME: Final = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?")
 NODE_PATTERN: Final = re.compile(r"[a-z0-9._*?-]{1,63}")
 ROLE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+MAX_SOCKET_PATH: Final = 107
+"""Bytes (unix(7))."""
 LOOPBACK: Final = ("127.", "::1", "localhost")
 WILDCARD: Final = ("0.0.0.0", "::", "")
 
@@ -87,6 +89,7 @@ def _listen(config: Config) -> Problems:
             yield Problem(
                 path=f"listen.udp[{n}]", message=f"{shown(text)} stands there twice", hint="drop one"
             )
+    yield from _streams(config)
     taken: dict[str, str] = {}
     tcp = {
         "enrol.listen": config.enrol.listen,
@@ -115,6 +118,35 @@ def _listen(config: Config) -> Problems:
         yield Problem(
             path="listen.udp", message="a hub that listens nowhere", hint='write udp = ["0.0.0.0:9000"]'
         )
+
+
+def _streams(config: Config) -> Problems:
+    """TLS and the Unix socket."""
+    listen = config.listen
+    for n, text in enumerate(listen.tls):
+        path = f"listen.tls[{n}]"
+        yield from _address(path, text)
+        others = {"management.listen": config.management.listen, "health.listen": config.health.listen}
+        others |= {f"listen.tls[{m}]": other for m, other in enumerate(listen.tls[:n])}
+        for name, other in others.items():
+            if text == other and not text.endswith(":0"):
+                hint = "give each one its own port; enrol.listen alone may share it"
+                yield Problem(path=path, message=f"{name} has the same address", hint=hint)
+    local = listen.unix
+    if not local.path:
+        return
+    if not local.path.startswith("/") or len(local.path.encode()) > MAX_SOCKET_PATH:
+        hint = f'write an absolute path of at most {MAX_SOCKET_PATH} bytes, such as "/run/stpd/stp.sock"'
+        yield Problem(path="listen.unix.path", message=f"{shown(local.path)} is no place for it", hint=hint)
+    if not re.fullmatch(r"0?[0-7]{3}", local.mode):
+        hint = 'write "0660" for user and group, "0666" for everybody on this machine'
+        yield Problem(path="listen.unix.mode", message=f"{shown(local.mode)} is no mode", hint=hint)
+    for n, rule in enumerate(local.map):
+        if not NODE_NAME.fullmatch(rule.node.replace("{user}", "user")):
+            hint = "node names are at most 63 of a-z 0-9 . _ -; {user} stands for the user's name"
+            yield Problem(
+                path=f"listen.unix.map[{n}].node", message=f"{shown(rule.node)} is no name", hint=hint
+            )
 
 
 def _transport(config: Config) -> Problems:
@@ -164,6 +196,8 @@ def _limits(config: Config) -> Problems:
         "handshakes_per_address",
         "half_open",
         "half_open_per_address",
+        "unproven",
+        "unproven_per_address",
         "subscriptions_per_session",
     ):
         if getattr(limits, name) < 1:
@@ -171,6 +205,9 @@ def _limits(config: Config) -> Problems:
     if limits.half_open_per_address > limits.half_open:
         hint = "keep it below half_open, so that one address cannot take all of them"
         yield Problem(path="limits.half_open_per_address", message="is more than half_open", hint=hint)
+    if limits.unproven_per_address > limits.unproven:
+        hint = "keep it below unproven, so that one address cannot take all of them"
+        yield Problem(path="limits.unproven_per_address", message="is more than unproven", hint=hint)
 
 
 # Filters -----------------------------------------------------------------------------------------------

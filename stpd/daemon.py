@@ -43,6 +43,7 @@ from stpd import __version__, logs
 from stpd.access import Access
 from stpd.checks import split_address
 from stpd.config import Config, ConfigError, UpstreamConfig, changes, load
+from stpd.doors import StreamDoors
 from stpd.events import EventBus
 from stpd.keys import JoinTokens, NodeRegistry
 from stpd.limits import PeerLimit
@@ -107,6 +108,7 @@ class Daemon:
         self._state = Path(config.state_dir)
         self._carriers: list[UdpCarrier] = []
         self._dialers: dict[bool, UdpCarrier] = {}
+        self.doors = StreamDoors(self)
         self._endpoints: list[Endpoint] = []
         self._endpoint_configs: list[EndpointConfig] = []
         self._stop = trio.Event()
@@ -121,7 +123,8 @@ class Daemon:
         return time.time_ns() // 1_000_000
 
     def addresses(self) -> list[str]:
-        return [_text(carrier.local_address) for carrier in self._carriers]
+        """Where it listens, as people write it."""
+        return [f"udp {_text(carrier.local_address)}" for carrier in self._carriers] + self.doors.addresses()
 
     def local_address(self, session: AnySession) -> str:
         """Where that session leaves this machine, as far as its socket knows; "" over other carriers."""
@@ -156,15 +159,11 @@ class Daemon:
         return list(self._endpoints)
 
     def wake(self) -> None:
-        for carrier in self._carriers:
-            carrier.wake()
-        for carrier in self._dialers.values():
+        for carrier in (*self._carriers, *self._dialers.values(), *self.doors.listeners):
             carrier.wake()
 
     def send(self) -> None:
-        for carrier in self._carriers:
-            carrier.send_now()
-        for carrier in self._dialers.values():
+        for carrier in (*self._carriers, *self._dialers.values(), *self.doors.listeners):
             carrier.send_now()
 
     # -- life
@@ -275,6 +274,11 @@ class Daemon:
             carrier = await self._carrier(host, port, accept=True)
             self._carriers.append(carrier)
             await nursery.start(carrier.run)
+        try:
+            await self.doors.start(nursery)
+        except OSError as error:
+            advice = "see listen.tls and listen.unix; another stpd may be running"
+            raise StartupError(error.strerror or str(error), advice) from error
 
     async def _carrier(self, host: str, port: int, *, accept: bool) -> UdpCarrier:
         config = self._endpoint_config(accept=accept)
@@ -297,9 +301,9 @@ class Daemon:
             leaf_der=self.contexts.leaf_der,
             network_keys=self.identity.network_keys,
             accept=accept,
-            authorise=self._authorise,
+            authorise=self.authorise,
             random_bytes=os.urandom,
-            on_refused=self._on_handshake_refused,
+            on_refused=self.on_handshake_refused,
             max_datagram=max(LOOPBACK_DATAGRAM, largest),
             sizes_for=partial(sizes_for, largest=largest),
             instance=len(self._endpoints) & 0xFF,
@@ -403,7 +407,7 @@ class Daemon:
             self._echo_allowance = Allowance(rate * ECHO_TOTAL)
         return Responder(rate, self._echo_allowance)
 
-    def _authorise(self, peer: PeerIdentity) -> str | None:
+    def authorise(self, peer: PeerIdentity) -> str | None:
         """May this certificate's owner have a session? None, or the reason why not."""
         if peer.domain != self.identity.domain:
             return f"domain {peer.domain} is not {self.identity.domain}"
@@ -415,10 +419,14 @@ class Daemon:
             return f"this node serves {self.config.limits.sessions} sessions already"
         return None
 
-    def _on_handshake_refused(self, address: Any, peer: PeerIdentity | None, reason: str) -> None:
+    def on_handshake_refused(self, address: Any, peer: PeerIdentity | None, reason: str) -> None:
         node = peer.node if peer is not None else ""
         self.handshakes_refused += 1
-        log.warning("handshake_refused", address=_text(address), node=node, reason=reason)
+        host = address[0] if isinstance(address, tuple) else address
+        silent = self._throttle.passes(("handshake", host, node, reason), trio.current_time())
+        if silent is None:
+            return
+        log.warning("handshake_refused", address=_text(address), node=node, reason=reason, more=silent)
         text = f"refused {node or 'a peer'} from {_text(address)}: {reason}"
         self.events.publish("session.refused", text, node=node)
 
@@ -477,6 +485,7 @@ class Daemon:
         self.draining = True
         for config in self._endpoint_configs:
             config.accept = False
+        self.doors.stop_accepting()
         if self.uplink is not None:
             self.uplink.stop()
         self._notifier.stopping("stopping")
@@ -496,6 +505,7 @@ class Daemon:
         with trio.CancelScope(shield=True):
             for carrier in (*self._carriers, *self._dialers.values()):
                 carrier.close()
+            self.doors.close()
             if hasattr(self, "store"):
                 await self.store.aclose()
 

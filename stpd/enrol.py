@@ -151,6 +151,34 @@ def load_chain(context: ssl.SSLContext, pem: bytes) -> None:
         context.load_cert_chain(file.name)
 
 
+class Begun(trio.abc.HalfCloseableStream):
+    """A stream of which somebody has read a part already."""
+
+    def __init__(self, stream: trio.SocketStream, first: bytes) -> None:
+        self._stream = stream
+        self._first = first
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        if not self._first:
+            return await self._stream.receive_some(max_bytes)
+        size = len(self._first) if max_bytes is None else max_bytes
+        found, self._first = self._first[:size], self._first[size:]
+        await trio.lowlevel.checkpoint()
+        return found
+
+    async def send_eof(self) -> None:
+        await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
 @define
 class _Request:
     path: str = ""
@@ -196,13 +224,18 @@ class EnrolmentDoor:
             self._context = identity, server_context(identity)
         return self._context[1]
 
-    async def _admit(self, stream: trio.SocketStream) -> None:
+    async def serve_begun(self, stream: trio.SocketStream, first: bytes, host: str) -> None:
+        """A connection that somebody else accepted, who has read `first` of it. Closes it."""
+        await self._admit(Begun(stream, first), host)
+
+    async def _admit(self, stream: trio.SocketStream | Begun, host: str = "") -> None:
         """One connection from its first byte to its last; raises nothing but cancellation."""
-        try:
-            host = stream.socket.getpeername()[0]
-        except OSError:
-            await trio.aclose_forcefully(stream)
-            return
+        if isinstance(stream, trio.SocketStream):
+            try:
+                host = stream.socket.getpeername()[0]
+            except OSError:
+                await trio.aclose_forcefully(stream)
+                return
         key = address_key(host)
         mine = self._open.get(key, 0)
         if mine >= MAX_PER_ADDRESS or self.statistics.open >= MAX_CONNECTIONS:
@@ -225,7 +258,7 @@ class EnrolmentDoor:
             with trio.CancelScope(shield=True):
                 await trio.aclose_forcefully(stream)
 
-    async def _converse(self, socket: trio.SocketStream, host: str, key: str) -> None:
+    async def _converse(self, socket: trio.SocketStream | Begun, host: str, key: str) -> None:
         try:
             stream = trio.SSLStream(socket, self.tls(), server_side=True, https_compatible=True)
             http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEADERS)
@@ -245,7 +278,7 @@ class EnrolmentDoor:
             log.debug("enrol_connection_broken", address=host, reason=type(exc).__name__)
 
     async def _answer(
-        self, stream: trio.SSLStream[trio.SocketStream], http: h11.Connection, host: str, key: str
+        self, stream: trio.SSLStream[trio.SocketStream | Begun], http: h11.Connection, host: str, key: str
     ) -> Answer:
         request, early = await _read(stream, http)
         if early is not None:
@@ -275,7 +308,7 @@ class EnrolmentDoor:
 
 
 async def _read(
-    stream: trio.SSLStream[trio.SocketStream], http: h11.Connection
+    stream: trio.SSLStream[trio.SocketStream | Begun], http: h11.Connection
 ) -> tuple[_Request, Answer | None]:
     """One request, or what to answer without having read all of it. Raises h11.RemoteProtocolError."""
     request, body = _Request(), bytearray()
@@ -326,7 +359,7 @@ def _plain(cause: str) -> dict[str, Any]:
 
 
 async def _respond(
-    stream: trio.SSLStream[trio.SocketStream], http: h11.Connection, status: int, body: dict[str, Any]
+    stream: trio.SSLStream[trio.SocketStream | Begun], http: h11.Connection, status: int, body: dict[str, Any]
 ) -> None:
     content = json.dumps(body).encode()
     response = h11.Response(
@@ -343,7 +376,7 @@ async def _respond(
     await stream.send_all(out + (http.send(h11.EndOfMessage()) or b""))
 
 
-async def _drain(stream: trio.SSLStream[trio.SocketStream]) -> None:
+async def _drain(stream: trio.SSLStream[trio.SocketStream | Begun]) -> None:
     """Read on for a moment: closing on unread bytes sends a reset that overtakes the answer."""
     with trio.move_on_after(LINGER):
         read = 0

@@ -57,6 +57,11 @@ class Snapshot:
     traffic: Mapping[str, int] = Factory(dict)
     """rx_bytes, tx_bytes, rx_datagrams, tx_datagrams of all sockets; black_holes of all sessions."""
     socket_errors: Mapping[str, int] = Factory(dict)
+    sessions_by_carrier: Mapping[str, int] = Factory(dict)
+    stream_bytes: Mapping[tuple[str, str], int] = Factory(dict)
+    """(carrier, "rx" or "tx") -> bytes over stream sockets."""
+    doors: Mapping[tuple[str, str], int] = Factory(dict)
+    """(carrier, what became of it) -> connections at the doors for streams."""
     """By errno name."""
     store: Mapping[str, int] = Factory(dict)
     """Counters of the store, by what happened."""
@@ -143,6 +148,13 @@ def _sessions(s: Snapshot) -> Iterator[Metric]:
         "role",
         {role or "none": n for role, n in s.sessions_by_role.items()},
     )
+    yield _by(
+        GaugeMetricFamily,
+        "sessions_by_carrier",
+        "Live sessions by what carries them: udp, tls or unix.",
+        "carrier",
+        s.sessions_by_carrier,
+    )
     yield _gauge("edges", "Gateways known below this node.", s.status.edges)
     yield _gauge("edges_connected", "Gateways below this node that have a session.", s.status.edges_connected)
     yield _gauge("readers", "Durable subscriptions.", s.status.readers)
@@ -167,6 +179,27 @@ def _transport(s: Snapshot) -> Iterator[Metric]:
         yield _counter(key, text, s.traffic.get(key, 0))
     yield _by(CounterMetricFamily, "packets_dropped", "Packets thrown away unanswered.", "reason", s.drops)
     yield _by(CounterMetricFamily, "socket_errors", "Failed socket calls.", "errno", s.socket_errors)
+    streams = CounterMetricFamily(
+        "stpd_stream_bytes", "Bytes over TCP and Unix sockets, TLS included.", labels=["carrier", "direction"]
+    )
+    for (carrier, direction), value in s.stream_bytes.items():
+        streams.add_metric([carrier, direction], value)
+    yield streams
+    doors = CounterMetricFamily(
+        "stpd_door_connections",
+        "Connections to the doors for streams, by what became of them.",
+        labels=["carrier", "result"],
+    )
+    waiting = GaugeMetricFamily(
+        "stpd_door_waiting", "Connections that have not shown yet who they are.", labels=["carrier"]
+    )
+    for (carrier, what), value in s.doors.items():
+        if what == "waiting":
+            waiting.add_metric([carrier], value)
+        else:
+            doors.add_metric([carrier, what], value)
+    yield doors
+    yield waiting
     yield _gauge(
         "receive_buffer_bytes", "What the kernel granted the UDP sockets.", s.status.receive_buffer_bytes
     )

@@ -39,11 +39,42 @@ MAX_CLASSES: Final = 32
 
 
 @define(kw_only=True)
+class LocalName:
+    """Which node a local user is (protocol §11). Of several rules the first that fits decides."""
+
+    node: str
+    """The node's name. {user} stands for the user's."""
+    user: str = "*"
+    """A user's name or number; * for all."""
+    group: str = "*"
+    """A group's name or number, which must be one of the user's; * for any."""
+
+
+@define(kw_only=True)
+class UnixConfig:
+    """A Unix socket for programs of this machine: no certificate, the kernel says who they are."""
+
+    path: str = ""
+    """Where the socket stands, such as /run/stpd/stp.sock; empty: none. Only this node and root may write to its
+    directory."""
+    mode: str = "0660"
+    """The socket's mode, octal: who may connect at all."""
+    group: str = ""
+    """The socket's group, by name or number; empty: this process's."""
+    map: tuple[LocalName, ...] = Factory(lambda: (LocalName(node="{user}"),))
+    """Who is which node. By default every user that may connect is the node of the user's name."""
+
+
+@define(kw_only=True)
 class ListenConfig:
     """Where peers reach this node."""
 
     udp: tuple[str, ...] = ("0.0.0.0:9000",)
     """UDP addresses, "host:port" or "[v6]:port"; empty: this node only dials."""
+    tls: tuple[str, ...] = ()
+    """TCP addresses for peers whose networks let no UDP through, "[::]:8443". `enrol.listen` may name the same one:
+    then one port serves both."""
+    unix: UnixConfig = Factory(UnixConfig)
 
 
 @define(kw_only=True)
@@ -125,6 +156,10 @@ class LimitsConfig:
     """Handshakes under way at once."""
     half_open_per_address: int = 8
     """Handshakes under way at once from one IPv4 address or one IPv6 /64."""
+    unproven: int = 64
+    """TCP connections at once on `listen.tls` that have not shown who they are."""
+    unproven_per_address: int = 8
+    """The same from one IPv4 address or one IPv6 /64."""
     subscriptions_per_session: int = 64
     peer_messages_per_second: Rate = 0
     """Messages a second taken from one peer; faster ones are held back by credit. 0: no limit."""

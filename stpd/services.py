@@ -67,7 +67,11 @@ class Services:
                 port=split_address(config.listen.udp[0])[1] if config.listen.udp else 0,
             )
             self.enrolment = EnrolmentDoor(self.issuer)
-            await nursery.start(partial(self.enrolment.serve, config.enrol.listen))
+            if d.doors.serves_enrolment():
+                self.enrolment.tls()  # a bad identity is an error now, not at the first joiner
+                d.doors.enrol_by(self.enrolment.serve_begun)
+            else:
+                await nursery.start(partial(self.enrolment.serve, config.enrol.listen))
 
     def _forward(self) -> Forward | None:
         target = self._daemon.config.enrol.forward
@@ -122,6 +126,9 @@ class Services:
             ledger=d.managed.ledger(),
             hops=self._hops(),
             sessions_by_role=Counter(d.role_of(peer.node) or "" for peer in d.sessions.peers.values()),
+            sessions_by_carrier=Counter(peer.session.carrier for peer in d.sessions.peers.values()),
+            stream_bytes=d.doors.bytes_by_carrier(),
+            doors=d.doors.counts(),
             handshakes=handshakes,
             drops=drops,
             traffic=traffic,

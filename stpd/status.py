@@ -171,6 +171,8 @@ class SessionStatus:
     """What the peer calls itself: gateway, hub, client."""
     software: str = ""
     address: str = ""
+    carrier: str = "udp"
+    """udp, tls or unix."""
     dialling: bool = False
     """This side dialled."""
     state: str = "open"

@@ -22,6 +22,10 @@ identity = ["identity.pem", "network.key"]
 [listen]
 # Where gateways and devices reach this node. UDP.
 udp = ["{udp}"]
+# The same over TLS, for those whose networks let no UDP through. TCP; enrolment is served there, too.
+tls = ["{enrol}"]
+# For programs of this machine, without certificates: a node each, named after its user.
+#unix = {{ path = "/run/stpd-hub/stp.sock", mode = "0660" }}
 
 [enrol]
 # Where they get their certificate with a token from `stpctl keys create`. TCP.
@@ -85,6 +89,10 @@ identity = ["identity.pem"]
 [listen]
 # Where local devices reach this node. UDP. [] to dial only.
 udp = ["{udp}"]
+# The same over TLS, for those whose networks let no UDP through. TCP; the port may be that of enrolment.
+#tls = ["0.0.0.0:8443"]
+# For programs of this machine, without certificates: a node each, named after its user.
+#unix = {{ path = "/run/stpd-gateway/stp.sock", mode = "0660" }}
 
 [enrol]
 # Where local devices get their certificate; the hub decides. TCP. "" for none.

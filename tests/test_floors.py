@@ -63,7 +63,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stpd.config stpd.api stpd.probes stpd.metrics",
     # -- stpd: who may, how much, to whom
     "stpd.router",
-    "stpd.access stpd.limits",
+    "stpd.access stpd.limits stpd.localnames",
     # -- stpd: certificates and tokens
     "stpd.pki",
     "stpd.keys",
@@ -87,7 +87,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stpd.moving",
     "stpd.sessions",
     "stpd.uplink",
-    "stpd.paths",
+    "stpd.paths stpd.doors",
     "stpd.managed stpd.services",
     "stpd.daemon",
     "stpd.__main__",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, TypeAlias
 
 import trio
@@ -126,7 +126,7 @@ class TlsListener(StreamCarrier):
         context: FramedContext,
         on_ready: Callable[[AnySession], None],
         door: Door | None = None,
-        elsewhere: dict[bytes, Elsewhere] | None = None,
+        elsewhere: Mapping[bytes, Elsewhere] | None = None,
     ) -> None:
         super().__init__(context, on_ready)
         self._sockets = sockets

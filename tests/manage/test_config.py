@@ -404,7 +404,7 @@ def test_shipped_defaults_are_the_defaults(name: str, tmp_path: Path) -> None:
     told = load(CONFIG / f"{name}.toml")
     default = load(write(tmp_path, f'role = "{name}"\nidentity = "/var/lib/stpd/identity.pem"\n'))
     now, restart = changes(default, told)
-    expected = {"access", "enrol.ca", "enrol.listen"} if name == "hub" else set()
+    expected = {"access", "enrol.ca", "enrol.listen", "listen.tls"} if name == "hub" else set()
     assert set(now) | set(restart) == expected
 
 
