@@ -29,7 +29,7 @@ import trio
 from attrs import evolve
 
 from stp.batch import Properties, node_id
-from stp.connection import REHANDSHAKE, Owner
+from stp.connection import Owner
 from stp.control import Hello, Subscribe, Unsubscribe
 from stp.core.errors import MessageError, UsageError
 from stp.core.events import DatagramReceived
@@ -37,6 +37,7 @@ from stp.dialler import Dialler
 from stp.echo import LoadReport
 from stp.enrol import IdentitySource, load_identity
 from stp.identity import Identity, parse_url
+from stp.lifetimes import REHANDSHAKE
 from stp.link import (
     Link,
     LinkEvent,

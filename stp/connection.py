@@ -31,6 +31,8 @@ from stp.core.errors import ErrorCode, StpError
 from stp.core.path import KEEPALIVE
 from stp.core.verbs import AnySession
 from stp.identity import Address, ContextCache, Identity
+from stp.kept_tokens import KeptTokens
+from stp.lifetimes import REHANDSHAKE, Expiry, renew_in
 from stp.link import GoawayReceived, HelloReceived, Link, LinkClosed, LinkEvent, MovedReceived
 
 log: Final = logging.getLogger("stp.client")
@@ -48,9 +50,6 @@ CLOSE_TIMEOUT: Final = 1.0
 """Seconds that a closing session waits for its last receipts to arrive."""
 CLOSE_POLL: Final = 0.005
 
-REHANDSHAKE: Final = 24 * 3600.0
-SPREAD: Final = 0.1
-"""Seconds until a session is replaced by a fresh one, and by what share of it that varies (R-9-4)."""
 RENEWAL_CHECK: Final = 10.0
 """Seconds between looks at the session's age and at the identity's files."""
 RENEWAL_RETRY: Final = 60.0
@@ -161,6 +160,8 @@ class Connection:
         prepare: Callable[[], Awaitable[None]],
         keepalive: float = KEEPALIVE,
         rehandshake: float = REHANDSHAKE,
+        expiry: Expiry | None = None,
+        tokens: KeptTokens | None = None,
     ) -> None:
         self.target = target
         self.where = f"{target.host}:{target.port}"
@@ -177,6 +178,8 @@ class Connection:
         self._prepare = prepare
         self._keepalive = keepalive
         self._rehandshake = rehandshake
+        self._expiry = expiry or Expiry()
+        self._tokens = tokens or KeptTokens()
         self._line: Line | None = None
         """What is up, or is to be."""
         self._beside: Line | None = None
@@ -185,7 +188,6 @@ class Connection:
         self._beside_lock = trio.Lock()
         self._nursery: trio.Nursery | None = None
         self._slot: float | None = None
-        self._token = b""
         self._first = trio.Event()
         self.rejected: Rejected | None = None
         self._closing = False
@@ -327,9 +329,8 @@ class Connection:
             expected_node=self.target.node,
             expected_domain=self._identity.domain,
             now=trio.current_time(),
-            token=self._token,
+            token=self._tokens.take(self._peer_name()),
         )
-        self._token = b""  # it opens one handshake
         return session, carrier
 
     async def _resolve(self, failures: int) -> tuple[str, int]:
@@ -359,7 +360,7 @@ class Connection:
                     with trio.move_on_after(CHECK_INTERVAL):
                         await line.ended.wait()
                     if not line.ended.is_set():
-                        self._give(line, line.link.check(trio.current_time()))
+                        self._check(line)
                 nursery.cancel_scope.cancel()
         finally:
             # cancelled: the peer need not find out by silence
@@ -367,6 +368,14 @@ class Connection:
             line.carrier.close()
             if line.closed is None:
                 self._end(line, LinkClosed(ErrorCode.NO_ERROR, "", by_peer=False))
+
+    def _check(self, line: Line) -> None:
+        """Deadlines, once in CHECK_INTERVAL."""
+        now = trio.current_time()
+        if line.link.peer is not None and self._expiry.over(line.link):
+            line.link.close(ErrorCode.EXPIRED, f"the certificate of {self.target.node} has expired", now)
+            line.carrier.wake()
+        self._give(line, line.link.check(now))
 
     # -- a second session beside the present one -----------------------------------------------------------
 
@@ -426,7 +435,8 @@ class Connection:
             line.carrier.wake()
 
     def _set_age(self, line: Line) -> None:
-        line.renew_at = trio.current_time() + self._rehandshake * random.uniform(1 - SPREAD, 1 + SPREAD)
+        wait = renew_in(self._rehandshake, self._expiry.left(line.link), random.random())
+        line.renew_at = trio.current_time() + wait
 
     async def _keep_fresh(self) -> None:
         """A fresh handshake by age, and when our certificate was renewed (R-9-4)."""
@@ -474,7 +484,9 @@ class Connection:
         if events:
             self._owner.idle()
         if link.token:
-            self._token, link.token = link.token, b""
+            token, link.token = link.token, b""
+            if self._nursery is not None:
+                self._nursery.start_soon(trio.to_thread.run_sync, self._tokens.put, self._peer_name(), token)
         if line in self._older and line.closed is None:
             self._settle(line)
 

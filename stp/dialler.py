@@ -9,11 +9,13 @@ from typing import Final
 
 import trio
 
-from stp.connection import REHANDSHAKE, Connection, Owner
+from stp.connection import Connection, Owner
 from stp.control import Hello
 from stp.core.errors import StpError
 from stp.core.path import KEEPALIVE
 from stp.identity import Address, ContextCache, Identity, TimeFloor
+from stp.kept_tokens import KeptTokens
+from stp.lifetimes import REHANDSHAKE, Expiry
 
 log: Final = logging.getLogger("stp.client")
 
@@ -45,6 +47,9 @@ class Dialler:
         self._nonce = os.urandom(16)
         self._contexts = ContextCache(identity, TimeFloor())
         self._stamp = _stamp(identity.files)
+        self._expiry = Expiry()
+        beside = identity.files[0] if identity.files and os.path.exists(identity.files[0]) else None
+        self._tokens = KeptTokens(f"{beside}.tokens" if beside else None)
 
     def connection(
         self,
@@ -70,6 +75,8 @@ class Dialler:
             prepare=self._take_renewed,
             keepalive=keepalive,
             rehandshake=self._rehandshake,
+            expiry=self._expiry,
+            tokens=self._tokens,
         )
 
     async def _take_renewed(self) -> None:

@@ -362,8 +362,11 @@ def parse_url(url: str, upstream: Upstream | None = None) -> Address:
     return Address(node, host, port or DEFAULT_PORT)
 
 
-def write_atomically(path: str | Path, data: bytes, mode: int = 0o600) -> None:
-    """Replace a file as a whole, synced, with `mode`. Blocking. Raises OSError; then the old file stands."""
+def write_atomically(path: str | Path, data: bytes, mode: int = 0o600, *, sync: bool = True) -> None:
+    """Replace a file as a whole, with `mode`. Blocking. Raises OSError; then the old file stands.
+
+    `sync` False: for what may be lost in a power cut, and would only wear the flash.
+    """
     path = Path(path)
     fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # made with 0600
     try:
@@ -371,11 +374,14 @@ def write_atomically(path: str | Path, data: bytes, mode: int = 0o600) -> None:
             os.fchmod(fd, mode)
             stream.write(data)
             stream.flush()
-            os.fsync(fd)
+            if sync:
+                os.fsync(fd)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+    if not sync:
+        return
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(directory)

@@ -137,6 +137,8 @@ class Link:
         """Our HELLO is out: `send` and `send_record` may be used."""
         self.token = b""
         """The newest NEW_TOKEN of the peer, for the next dial; keep it across restarts."""
+        self.ends_at: float | None = None
+        """When the peer's certificate ends, on the boot clock; `stp.lifetimes` sets it."""
         self._wall_ms = wall_ms
         self._name_of_source = name_of_source
         self._awaiting = False

@@ -5,15 +5,15 @@ Modules that take time to import are imported where a command needs them, so tha
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from stpctl.errors import EXPLAINED, FAILED, UNREACHABLE, USAGE, CommandError
+from stpctl.enrolled import keys, nodes
+from stpctl.errors import EXPLAINED, FAILED, UNREACHABLE, CommandError
 from stpctl.paths import path
-from stpctl.session import Session, options
+from stpctl.session import Session, options, sure
 
 if TYPE_CHECKING:
     pass
@@ -230,16 +230,6 @@ def readers_remove(session: Session, name: str, yes: bool) -> None:
     session.done(session.client.delete("readers", name), f"removed {name}")
 
 
-def sure(consequence: str, *, yes: bool) -> None:
-    """Ask before what cannot be taken back. Raises CommandError where nobody can be asked."""
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise CommandError(f"not done: {consequence}", "say --yes where nobody can be asked", USAGE)
-    if not click.confirm(f"{consequence}. Go on?", err=True):
-        raise CommandError("not done", "nothing was changed", FAILED)
-
-
 # Store and ledger --------------------------------------------------------------------------------------
 
 
@@ -326,84 +316,8 @@ def ledger_show(session: Session) -> None:
     session.show(lambda client: client.get("ledger"), text)
 
 
-# Enrolment keys ----------------------------------------------------------------------------------------
-
-
-@root.group()
-def keys() -> None:
-    """Enrolment keys: what new nodes join with."""
-
-
-def _span(_: click.Context, __: click.Parameter, value: str) -> float:
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-    if value == "0":
-        return 0.0
-    try:
-        return float(value[:-1]) * units[value[-1:]]
-    except (ValueError, KeyError):
-        raise click.BadParameter("a number and s, m, h or d, such as 24h; 0 for ever") from None
-
-
-@keys.command("create")
-@click.option("--role", default="gateway", show_default=True, help="What nodes become that join with it.")
-@click.option("--uses", default=1, show_default=True, type=click.IntRange(0), help="How many; 0: any number.")
-@click.option(
-    "--ttl", default="24h", show_default=True, callback=_span, help="How long it is good; 0: for ever."
-)
-@click.option("--tag", "tags", multiple=True, help="A note for the list; may be repeated.")
-@options()
-def keys_create(session: Session, role: str, uses: int, ttl: float, tags: tuple[str, ...]) -> None:
-    """Make a key and print it. It is shown this once."""
-    from stpctl.render import instant
-
-    wishes = {"role": role, "uses": uses, "ttl_s": ttl, "tags": list(tags)}
-    answer = session.client.post("keys", body=wishes)
-    session.done(answer, answer["token"])
-    many = "any number of nodes" if not uses else "one node" if uses == 1 else f"{uses} nodes"
-    until = (
-        f"until {instant(answer['expires_ms'], int(time.time() * 1000))}"
-        if answer["expires_ms"]
-        else "for ever"
-    )
-    click.echo(f"key {answer['id']}: {many}, {until}. On the new machine: stpd join KEY --hub HOST", err=True)
-
-
-@keys.command("list")
-@options(watch=True)
-def keys_list(session: Session) -> None:
-    """All keys, without their secrets."""
-
-    def text(answer: Any) -> str:
-        from stpctl.render import instant, table
-        from stpd.status import KeyStatus, from_dict
-
-        now = int(time.time() * 1000)
-
-        def state(k: KeyStatus) -> str:
-            if k.revoked:
-                return "revoked"
-            if k.expires_ms and k.expires_ms <= now:
-                return "expired"
-            return "used up" if k.uses and k.used >= k.uses else "good"
-
-        return table(
-            ["id", "role", "state", "used", "of", "made", "until", "tags"],
-            [
-                (k.id, k.role, state(k), k.used, k.uses or "any", instant(k.created_ms, now),
-                 instant(k.expires_ms, now) if k.expires_ms else "for ever", " ".join(k.tags))
-                for k in (from_dict(KeyStatus, one) for one in answer)
-            ],
-        )  # fmt: skip
-
-    session.show(lambda client: client.get("keys"), text)
-
-
-@keys.command("revoke")
-@click.argument("key_id", metavar="ID")
-@options()
-def keys_revoke(session: Session, key_id: str) -> None:
-    """End a key. Nodes that joined with it stay."""
-    session.done(session.client.delete("keys", key_id), f"revoked {key_id}")
+root.add_command(keys)
+root.add_command(nodes)
 
 
 # The daemon itself -------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
+from stpctl.errors import FAILED, USAGE, CommandError
+
 if TYPE_CHECKING:
     from stpctl.client import Client
 
@@ -99,3 +101,13 @@ def options(*, watch: bool = False) -> Callable[[F], F]:
         return made  # type: ignore[return-value]
 
     return wrap
+
+
+def sure(consequence: str, *, yes: bool) -> None:
+    """Ask before what cannot be taken back. Raises CommandError where nobody can be asked."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise CommandError(f"not done: {consequence}", "say --yes where nobody can be asked", USAGE)
+    if not click.confirm(f"{consequence}. Go on?", err=True):
+        raise CommandError("not done", "nothing was changed", FAILED)

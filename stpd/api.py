@@ -35,9 +35,11 @@ from stpd.status import (
     KeyStatus,
     LedgerStatus,
     NewKey,
+    NodeStatus,
     PathStatus,
     ReaderStatus,
     ReloadReport,
+    Revocation,
     SessionStatus,
     UpstreamStatus,
     to_dict,
@@ -60,6 +62,8 @@ MAX_KEY_USES: Final = 1_000_000
 MAX_KEY_TTL: Final = 10 * 365 * 86400.0
 """Seconds an enrolment key may live."""
 MAX_TAGS: Final = 16
+MAX_REASON: Final = 200
+"""Characters of the reason for a revocation."""
 NO_CHECK_TIME: Final = ssl.VerifyFlags(0x200000)
 """OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which Python does not name."""
 
@@ -123,6 +127,15 @@ class Managed(Protocol):
 
     def keys_revoke(self, key_id: str) -> Answer[None]:
         """End an enrolment key; nodes that joined with it stay. Raises NotFoundError."""
+
+    def nodes(self) -> Answer[list[NodeStatus]]:
+        """Nodes that enrolled here."""
+
+    def node_revoke(self, node: str, reason: str) -> Answer[Revocation]:
+        """End a node's certificates, sessions and name. Raises NotFoundError; RefusedError without a CA here."""
+
+    def node_forget(self, node: str) -> Answer[Revocation]:
+        """The same, but free its name for whoever joins under it. Raises as `node_revoke`."""
 
     def reload(self) -> Answer[ReloadReport]:
         """Read configuration, certificates and revocations again. What is wrong changes nothing."""
@@ -255,6 +268,17 @@ def _key_wishes(body: Any) -> tuple[str, int, float, list[str]]:
     return role, uses, float(ttl_s), tags
 
 
+async def _revoke_node(call: Call) -> Response:
+    """Read {"node", "reason"}. Raises RequestError."""
+    body = call.request.json()
+    node = body.get("node") if isinstance(body, dict) else None
+    reason = body.get("reason", "") if isinstance(body, dict) else None
+    if not isinstance(node, str) or not isinstance(reason, str) or len(reason) > MAX_REASON or len(body) > 2:
+        hint = 'send {"node": "edge-1", "reason": "stolen"}'
+        raise RequestError(400, "bad_request", "the body is not what this needs", hint)
+    return json_response(to_dict(await _answer(call.managed.node_revoke(node, reason))))
+
+
 async def _watch_events(call: Call) -> Response:
     try:
         watcher = call.managed.events()
@@ -292,6 +316,9 @@ HANDLERS: Final[dict[tuple[str, str], tuple[Role, Handler]]] = {
     ("GET", "/v1/keys"): (Role.VIEWER, _view(lambda c: c.managed.keys_list())),
     ("POST", "/v1/keys"): (Role.OPERATOR, _create_key),
     ("DELETE", "/v1/keys/{id}"): (Role.OPERATOR, _change(lambda c: c.managed.keys_revoke(c.argument))),
+    ("GET", "/v1/nodes"): (Role.VIEWER, _view(lambda c: c.managed.nodes())),
+    ("DELETE", "/v1/nodes/{name}"): (Role.OPERATOR, _view(lambda c: c.managed.node_forget(c.argument))),
+    ("POST", "/v1/revocations"): (Role.OPERATOR, _revoke_node),
     ("POST", "/v1/reload"): (Role.OPERATOR, _view(lambda c: c.managed.reload())),
     ("POST", "/v1/drain"): (Role.OPERATOR, _change(lambda c: c.managed.drain())),
     ("GET", "/v1/events"): (Role.VIEWER, _watch_events),

@@ -390,7 +390,7 @@ def _step(exc: BaseException, path: str) -> str:
 
 # Differences -------------------------------------------------------------------------------------------
 
-AT_ONCE: Final = ("access", "log.level", "identity")
+AT_ONCE: Final = ("access", "log.level", "identity", "transport.rehandshake")
 """What a reload puts in force; everything else needs a restart."""
 
 

@@ -25,7 +25,7 @@ from stp.batch import node_id
 from stp.carriers.udp import LOOPBACK_DATAGRAM, UdpCarrier, sizes_for
 from stp.control import Hello
 from stp.core.endpoint import Endpoint, EndpointConfig
-from stp.core.errors import ErrorCode
+from stp.core.errors import ErrorCode, HandshakeRefused
 from stp.core.handshake import PeerIdentity
 from stp.core.session import Session
 from stp.core.verbs import AnySession
@@ -34,18 +34,19 @@ from stp.identity import (
     ContextCache,
     Identity,
     TimeFloor,
-    Upstream,
     kernel_synchronised,
-    parse_url,
-    write_atomically,
 )
+from stp.kept_tokens import KeptTokens
+from stp.lifetimes import Expiry
 from stpd import __version__, logs
 from stpd.access import Access
 from stpd.checks import split_address
-from stpd.config import Config, ConfigError, UpstreamConfig, changes, load
+from stpd.config import Config, ConfigError, changes, load
 from stpd.doors import StreamDoors
 from stpd.events import EventBus
+from stpd.kept import count_run, listener_secrets
 from stpd.keys import JoinTokens, NodeRegistry
+from stpd.lifetimes import Lifetimes
 from stpd.limits import PeerLimit
 from stpd.managed import Managed
 from stpd.notify import Notifier
@@ -58,7 +59,7 @@ from stpd.status import ReloadReport
 from stpd.store.base import StoreError
 from stpd.store.sqlite import SqliteStore
 from stpd.throttle import Throttle
-from stpd.uplink import Target, Uplink
+from stpd.uplink import Uplink, targets_of
 
 log = structlog.get_logger("stpd")
 
@@ -137,7 +138,7 @@ class Daemon:
         return min((one.statistics().receive_buffer for one in self._carriers), default=0)
 
     def clock_synchronised(self) -> bool:
-        return kernel_synchronised()
+        return self.config.transport.clock == "trusted" or kernel_synchronised()
 
     def role_of(self, node: str) -> str | None:
         return self.registry.role_of(node)
@@ -196,8 +197,8 @@ class Daemon:
         """What needs no event loop: directories, registers, counters."""
         try:
             self._state.mkdir(parents=True, exist_ok=True, mode=0o750)
-            self._run_number = _count_run(self._state / "run")
-            self._secrets = _secrets(self._state / "listener.key")
+            self._run_number = count_run(self._state / "run")
+            self._secrets = listener_secrets(self._state / "listener.key")
         except OSError as error:
             raise StartupError(
                 f"state_dir {self._state} cannot be written: {error.strerror}",
@@ -210,7 +211,10 @@ class Daemon:
             self.authority = CertificateAuthority.load(self.config.enrol.ca)
             self.tokens = JoinTokens(self._state / "keys.json", self.authority.der)
         self.floor = TimeFloor(self._state / "time-floor")
-        self.contexts = ContextCache(self.identity, self.floor)
+        self.upstream_tokens = KeptTokens(self._state / "upstream-tokens.json")
+        self.contexts = ContextCache(self.identity, self.floor, synchronised=self.clock_synchronised)
+        self.expiry = Expiry(synchronised=self.clock_synchronised)
+        self.lifetimes = Lifetimes(self.registry, self.expiry)
         self.access = Access(self.config.access, role_of=self.role_of)
         self.classes = Classes(self.config.classes)
 
@@ -319,7 +323,7 @@ class Daemon:
         )
 
     async def _start_uplink(self, nursery: trio.Nursery) -> None:
-        targets = self._targets()
+        targets = targets_of(self.config.upstreams, self.identity, self.upstream_tokens)
         if not targets:
             return
         self._dialers[False] = await self._carrier("0.0.0.0", 0, accept=False)
@@ -341,23 +345,15 @@ class Daemon:
             on_time_heard=self.floor.heard,
             events=self.events,
             wall_ms=self.wall_ms,
+            rehandshake=lambda: self.config.transport.rehandshake,
+            left=self.expiry.left,
+            keep_token=lambda target: nursery.start_soon(
+                trio.to_thread.run_sync, self.upstream_tokens.put, target.url, target.token
+            ),
+            on_revoked=lambda serials: nursery.start_soon(self._learn_revoked, serials),
         )
         self.relay.custody_route = self.uplink.takes_class
         nursery.start_soon(self.uplink.run)
-
-    def _targets(self) -> list[Target]:
-        own, enrolled = self.identity.node, self.identity.upstream
-        wanted = self.config.upstreams
-        if not wanted and enrolled is not None:
-            wanted = (UpstreamConfig(url=enrolled.url, node=enrolled.node),)
-        found = []
-        for one in wanted:
-            address = parse_url(one.url, Upstream(one.node, one.url) if one.node else enrolled)
-            if one.node:
-                address.node = one.node
-            subscribe = tuple(filter_.replace("{node}", own) for filter_ in one.subscribe)
-            found.append(Target(address, one.url, frozenset(one.classes), subscribe))
-        return found
 
     def _dial(self, address: tuple[str, int], node: str, token: bytes) -> Session:
         six = ":" in address[0]
@@ -408,11 +404,11 @@ class Daemon:
         return Responder(rate, self._echo_allowance)
 
     def authorise(self, peer: PeerIdentity) -> str | None:
-        """May this certificate's owner have a session? None, or the reason why not."""
+        """May this certificate's owner have a session? None, or the reason why not. Raises HandshakeRefused."""
         if peer.domain != self.identity.domain:
             return f"domain {peer.domain} is not {self.identity.domain}"
         if self.registry.is_revoked(peer.serial):
-            return "this certificate was revoked"
+            raise HandshakeRefused("this certificate was revoked", ErrorCode.REVOKED)
         if self.draining:
             return "this node is going away"
         if len(self.sessions.peers) >= self.config.limits.sessions > 0:
@@ -443,9 +439,20 @@ class Daemon:
         while True:
             await trio.sleep(CHECK_INTERVAL)
             self.sessions.check()
+            self.end_sessions()
+            await self.lifetimes.save()
             self._look_at_store()
             if self.store_stalled_for() < 30.0:
                 self._notifier.watchdog()
+
+    def end_sessions(self) -> None:
+        """Of certificates that ran out or were revoked: within a second, or at once by whoever changes that."""
+        self.lifetimes.check(self.sessions.peers.values())
+        self.wake()
+
+    async def _learn_revoked(self, serials: dict[int, int]) -> None:
+        await self.lifetimes.learn(serials)
+        self.end_sessions()
 
     def _look_at_store(self) -> None:
         numbers = self.store.statistics()
@@ -518,6 +525,7 @@ class Daemon:
         try:
             fresh = await trio.to_thread.run_sync(load, self._path)
             identity = await trio.to_thread.run_sync(Identity.load, fresh.identity)
+            await trio.to_thread.run_sync(self.registry.reread)
             if (identity.domain, identity.node) != (self.identity.domain, self.identity.node):
                 report.problems.append("the identity names another node: that needs a restart")
         except ConfigError as error:
@@ -538,7 +546,8 @@ class Daemon:
 
     def _apply(self, fresh: Config, identity: Identity, report: ReloadReport) -> None:
         report.changed, report.restart_needed = changes(self.config, fresh)
-        if identity.leaf_der != self.identity.leaf_der:
+        renewed = identity.leaf_der != self.identity.leaf_der
+        if renewed:
             report.changed.append("certificate")
         if identity.network_keys != self.identity.network_keys:
             report.changed.append("network keys")
@@ -546,22 +555,14 @@ class Daemon:
                 config.network_keys = identity.network_keys
         logs.set_level(fresh.log.level)
         self.config.access, self.config.log, self.config.identity = fresh.access, fresh.log, fresh.identity
+        self.config.transport.rehandshake = fresh.transport.rehandshake
         self.identity = identity
         self.contexts.replace(identity)
         self.access = Access(fresh.access, role_of=self.role_of)
         self.sessions.refresh_grants()
-
-
-def _secrets(path: Path) -> bytes:
-    """64 bytes that outlive a start: by them peers learn of it in one round trip (protocol §8)."""
-    try:
-        found = path.read_bytes()
-    except FileNotFoundError:
-        found = b""
-    if len(found) != 64:
-        found = os.urandom(64)
-        write_atomically(path, found)
-    return found
+        self.end_sessions()
+        if renewed and self.uplink is not None:
+            self.uplink.renewed()
 
 
 async def _call_later(delay: float, function: Callable[[], None]) -> None:
@@ -574,16 +575,6 @@ def _text(address: Any) -> str:
         host = str(address[0])
         return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
     return str(address)
-
-
-def _count_run(path: Path) -> int:
-    """This node's number of starts, kept on disk: HELLO tells a newer session from an older one by it."""
-    try:
-        number = int(path.read_text(encoding="ascii")) + 1
-    except (FileNotFoundError, ValueError):
-        number = 1
-    write_atomically(path, f"{number}\n".encode("ascii"), 0o640)
-    return number
 
 
 def run(config: Config, path: Path, make: Callable[[Config, Path, Identity], Daemon] = Daemon) -> None:

@@ -8,7 +8,8 @@ threads; those that change something block for the disk.
 (3) A name belongs to the key that enrolled it. The same key may ask again, another may not, until the name is
     forgotten.
 (4) A revocation outlives the node's entry: it is kept until the certificate would have ended, and a year on.
-(5) A damaged file is an error, never an empty list: an empty one would forget revocations.
+(5) What an upstream revokes counts as if it were revoked here, at most MAX_REVOKED in all: those that count longest.
+(6) A damaged file is an error, never an empty list: an empty one would forget revocations.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ TOKEN_MEMORY: Final = 30 * 86400.0
 MAX_TAGS: Final = 16
 MAX_TAG: Final = 64
 MAX_NODES: Final = 100_000
+MAX_REVOKED: Final = 16_384
+"""Serials that are remembered as revoked."""
+MAX_REASON: Final = 200
+"""Characters of an operator's reason."""
 RENEWAL_GRACE: Final = NODE_LIFETIME.total_seconds()
 """Seconds after notAfter for which a certificate still renews: one lifetime (protocol §11)."""
 
@@ -96,6 +101,8 @@ class NodeEntry:
     network: list[str] = Factory(list)
     """The network keys that it was given last, by `network_key_id`; it sends with the first."""
     revoked: bool = False
+    reason: str = ""
+    """Why it was revoked, in the operator's words."""
 
 
 @define
@@ -254,6 +261,12 @@ class NodeRegistry:
         self._clock = clock
         self._lock = threading.Lock()
         self._content = _load(self._path, _Nodes)
+        self.generation = 0
+        """Grows with every change of what is revoked."""
+        self.unsaved = False
+        """Something that was learned is in memory only."""
+        self._added: list[tuple[int, str]] = []
+        """(generation, serial) of what was revoked since the start."""
 
     def role_of(self, node: str) -> str | None:
         """The role it was enrolled with; None where it was not enrolled here."""
@@ -322,15 +335,14 @@ class NodeRegistry:
             )
             self._save({**self._content.nodes, node: entry}, self._content.revoked)
 
-    def revoke(self, node: str) -> list[int]:
+    def revoke(self, node: str, reason: str = "") -> list[int]:
         """Revoke all certificates of a node and its name; the serials, [] where there is no such node."""
         with self._lock:
             entry = self._content.nodes.get(node)
             if entry is None:
                 return []
-            self._save(
-                {**self._content.nodes, node: attrs.evolve(entry, revoked=True)}, self._with_revoked(entry)
-            )
+            fresh = attrs.evolve(entry, revoked=True, reason=reason[:MAX_REASON])
+            self._save({**self._content.nodes, node: fresh}, self._with_revoked(entry))
         return [int(serial, 16) for serial in entry.serials]
 
     def forget(self, node: str) -> list[int]:
@@ -343,13 +355,64 @@ class NodeRegistry:
             self._save(nodes, self._with_revoked(entry))
         return [int(serial, 16) for serial in entry.serials]
 
+    def revoked_since(self, generation: int) -> dict[int, int]:
+        """Serial -> Unix seconds until which it counts: what was revoked after that generation; -1: all there is."""
+        revoked = self._content.revoked
+        if generation < 0:
+            return {int(serial, 16): int(until) for serial, until in revoked.items()}
+        fresh = (serial for at, serial in self._added if at > generation)
+        return {int(serial, 16): int(revoked[serial]) for serial in fresh if serial in revoked}
+
+    def learn(self, serials: dict[int, int]) -> bool:
+        """Revoked at the hub (5); False where all of it was known. In memory; `save` writes it."""
+        with self._lock:
+            now, known = self._clock(), self._content.revoked
+            fresh = {f"{s:x}": float(until) for s, until in serials.items() if until > now}
+            fresh = {serial: until for serial, until in fresh.items() if until > known.get(serial, 0.0)}
+            if not fresh:
+                return False
+            self._take(_Nodes(nodes=self._content.nodes, revoked=_longest(known | fresh, now)))
+            self.unsaved = True
+        return True
+
+    def save(self) -> None:
+        """Write what was learned. Blocking. Raises OSError; what was learned stays in force."""
+        with self._lock:
+            _save(self._path, self._content)
+            self.unsaved = False
+
+    def reread(self) -> None:
+        """Take the file as it is now, where somebody changed it; nothing learned or revoked is forgotten.
+
+        Blocking. Raises StateFileError; then nothing has changed.
+        """
+        with self._lock:
+            found = _load(self._path, _Nodes)
+            revoked = _longest(self._content.revoked | found.revoked, self._clock())
+            self._take(_Nodes(nodes=found.nodes, revoked=revoked))
+
     def _with_revoked(self, entry: NodeEntry) -> dict[str, float]:
-        now = self._clock()
-        kept = {serial: until for serial, until in self._content.revoked.items() if until > now}
-        return kept | {serial: end + RENEWAL_GRACE for serial, end in entry.serials.items()}
+        fresh = {serial: end + RENEWAL_GRACE for serial, end in entry.serials.items()}
+        return _longest(self._content.revoked | fresh, self._clock())
 
     def _save(self, nodes: dict[str, NodeEntry], revoked: dict[str, float]) -> None:
         """On disk first: what could not be written did not happen."""
         content = _Nodes(nodes=nodes, revoked=revoked)
         _save(self._path, content)
+        self.unsaved = False
+        self._take(content)
+
+    def _take(self, content: _Nodes) -> None:
+        fresh = content.revoked.keys() - self._content.revoked.keys()
         self._content = content
+        if fresh:
+            self.generation += 1
+            self._added = [*self._added, *((self.generation, serial) for serial in fresh)][-MAX_REVOKED:]
+
+
+def _longest(revoked: dict[str, float], now: float) -> dict[str, float]:
+    """Those that still count, the longest MAX_REVOKED of them (5)."""
+    kept = {serial: until for serial, until in revoked.items() if until > now}
+    if len(kept) > MAX_REVOKED:
+        kept = dict(sorted(kept.items(), key=lambda one: one[1], reverse=True)[:MAX_REVOKED])
+    return kept

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import attrs
@@ -14,9 +16,8 @@ from stpd.api import NotFoundError, RefusedError
 from stpd.events import EventWatcher
 from stpd.keys import JoinTokens
 from stpd.paths import path_status
-from stpd.peers import Peer, address_of, session_id
+from stpd.peers import KEEPER_KINDS, Peer, address_of, session_id
 from stpd.router import LANES
-from stpd.sessions import KEEPER_KINDS
 from stpd.status import (
     BufferLane,
     BufferStatus,
@@ -29,10 +30,12 @@ from stpd.status import (
     LedgerStatus,
     NewKey,
     NodeCounts,
+    NodeStatus,
     PathStatus,
     QuarantinedRecord,
     ReaderStatus,
     ReloadReport,
+    Revocation,
     SessionStatus,
     UpstreamStatus,
 )
@@ -150,7 +153,7 @@ class Managed:
             address=address_of(session),
             carrier=session.carrier,
             dialling=session.dialling,
-            state="open" if hello is not None else "handshake",
+            state="handshake" if hello is None else "open" if peer.successor is None else "settling",
             since_ms=peer.opened_ms,
             cipher=session.suite,
             certificate_serial=f"{identity.serial:x}" if identity is not None else "",
@@ -332,10 +335,52 @@ class Managed:
             raise NotFoundError(f"no enrolment key is called {key_id!r}; `stpctl keys list` names them")
         self._daemon.events.publish("key.revoked", f"enrolment key {key_id} was revoked", key=key_id)
 
+    def nodes(self) -> list[NodeStatus]:
+        d = self._daemon
+        here = {peer.node for peer in d.sessions.peers.values() if peer.link.peer is not None}
+        return [
+            NodeStatus(
+                node=one.node,
+                role=one.role,
+                enrolled_ms=round(one.enrolled_at * 1000),
+                renewed_ms=round(one.renewed_at * 1000),
+                not_after_ms=round(max(one.serials.values(), default=0) * 1000),
+                connected=one.node in here,
+                revoked=one.revoked,
+                reason=one.reason,
+                tags=list(one.tags),
+            )
+            for one in sorted(d.registry.nodes(), key=lambda one: one.node)
+        ]
+
+    async def node_revoke(self, node: str, reason: str) -> Revocation:
+        self._tokens()  # a gateway learns from the hub whom to keep out
+        found = await self._end_certificates(node, partial(self._daemon.registry.revoke, node, reason))
+        text = f"{node} was revoked{f': {reason}' if reason else ''}"
+        self._daemon.events.publish("node.revoked", text, node=node)
+        return found
+
+    async def node_forget(self, node: str) -> Revocation:
+        self._tokens()
+        found = await self._end_certificates(node, partial(self._daemon.registry.forget, node))
+        self._daemon.events.publish("node.forgotten", f"{node} was forgotten: its name is free", node=node)
+        return found
+
+    async def _end_certificates(self, node: str, end: Callable[[], list[int]]) -> Revocation:
+        d = self._daemon
+        if d.registry.get(node) is None:
+            raise NotFoundError(f"no node is called {node!r}; `stpctl nodes list` names them")
+        serials = await trio.to_thread.run_sync(end)
+        before = d.lifetimes.revoked
+        d.end_sessions()
+        return Revocation(
+            node=node, serials=[f"{one:x}" for one in serials], sessions=d.lifetimes.revoked - before
+        )
+
     def _tokens(self) -> JoinTokens:
         tokens = self._daemon.tokens
         if tokens is None:
-            raise RefusedError("this node has no CA: make enrolment keys at the hub that has it")
+            raise RefusedError("this node has no CA: do this at the hub that has it")
         return tokens
 
     async def reload(self) -> ReloadReport:

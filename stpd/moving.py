@@ -42,6 +42,7 @@ def begin(older: Peer, newer: Peer, now: float) -> None:
     """The HELLO of the newer session is here."""
     older.successor, newer.older = newer, older
     older.moving_since = now
+    newer.told_revoked = older.told_revoked
 
 
 def take_live(newer: Peer) -> None:

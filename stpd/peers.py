@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from attrs import define, field
 
@@ -14,6 +14,9 @@ from stp.link import Link, LinkClosed
 from stpd.hops import Feed
 from stpd.relay import Door
 
+KEEPER_KINDS: Final = frozenset({"gateway", "hub"})
+"""Client kinds that keep a store: their durable subscriptions are edges."""
+
 
 class UpstreamOwner(Protocol):
     """What an uplink wants to hear of its link."""
@@ -21,6 +24,7 @@ class UpstreamOwner(Protocol):
     def on_hello(self, peer: Peer) -> None: ...
     def on_subscribed(self, answer: Subscribed) -> None: ...
     def on_goaway(self, peer: Peer, goaway: Goaway) -> None: ...
+    def on_revoked(self, serials: dict[int, int]) -> None: ...
     def on_closed(self, peer: Peer, closed: LinkClosed) -> None: ...
 
 
@@ -41,6 +45,8 @@ class Peer:
     """Feeds that go on over the successor, and may have flights here."""
     moving_since: float = 0.0
     told_moved: bool = False
+    told_revoked: int = -1
+    """The generation of the list of revoked certificates that a keeper below knows (stpd/lifetimes.py)."""
     heard_moved: bool = False
 
     responder: Responder | None = None
@@ -62,6 +68,19 @@ class Peer:
     def node(self) -> str:
         identity = self.session.peer
         return identity.node if identity is not None else ""
+
+
+@define
+class SessionsStatistics:
+    """Plain counters since the start."""
+
+    opened: int = 0
+    closed: int = 0
+    replaced: int = 0
+    moved: int = 0
+    """Sessions that another of the same two nodes took over from while they still carried."""
+    subscriptions_refused: int = 0
+    read_failures: int = 0
 
 
 @define

@@ -19,6 +19,7 @@ Role = Literal["gateway", "hub"]
 Durability = Literal["sync", "memory"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["json", "text"]
+Clock = Literal["kernel", "trusted"]
 Controller = Literal["tolerant", "cubic", "newreno"]
 
 Seconds = Annotated[float, "duration"]
@@ -109,13 +110,18 @@ class HealthConfig:
 
 @define(kw_only=True)
 class TransportConfig:
-    """How this node sends (protocol §6)."""
+    """How this node sends, and how long its sessions last (protocol §6, §9)."""
 
     congestion: Controller = "tolerant"
     """How much may be under way. cubic and newreno take every loss for a full queue, as their RFCs say."""
     max_datagram: int = 1472
     """Bytes of UDP payload up to which a path is probed, over IPv4; over IPv6 20 less, as its header is longer.
     1472 is what Ethernet carries, 8972 fits its jumbo frames; 1200: nothing is probed."""
+    rehandshake: Seconds = 24 * HOUR
+    """Seconds, ± 10 %, after which a session to an upstream is replaced by a fresh one, without a gap."""
+    clock: Clock = "kernel"
+    """Whose word it is that this machine's clock is right, so that sessions end with certificates by it: the
+    kernel's, or ours (trusted)."""
 
 
 @define(kw_only=True)

@@ -15,7 +15,6 @@ from typing import Final
 
 import structlog
 import trio
-from attrs import define
 
 from stp.batch import node_id
 from stp.control import Goaway, Hello, Subscribe, Subscribed
@@ -35,6 +34,7 @@ from stp.link import (
     RecordReceived,
     RecordRejected,
     RefusedReceived,
+    RevokedReceived,
     SourceIntroduced,
     StatusReceived,
     SubscribedReceived,
@@ -48,7 +48,16 @@ from stpd.access import Access
 from stpd.events import EventBus
 from stpd.hops import PUMP_BYTES, Feed
 from stpd.limits import PeerLimit
-from stpd.peers import Peer, Report, UpstreamOwner, address_of, read_report, session_id
+from stpd.peers import (
+    KEEPER_KINDS,
+    Peer,
+    Report,
+    SessionsStatistics,
+    UpstreamOwner,
+    address_of,
+    read_report,
+    session_id,
+)
 from stpd.relay import Door, Relay
 from stpd.router import LANES
 from stpd.store.base import Hop, Store, StoreError
@@ -59,24 +68,8 @@ log = structlog.get_logger("stpd.sessions")
 CHECK_INTERVAL: Final = 1.0
 """Seconds between two looks at the links' deadlines."""
 
-KEEPER_KINDS: Final = frozenset({"gateway", "hub"})
-"""Client kinds that keep a store: their durable subscriptions are edges."""
-
 READ_RETRY: Final = 1.0
 """Seconds before a failed read from disk is tried again."""
-
-
-@define
-class SessionsStatistics:
-    """Plain counters since the start."""
-
-    opened: int = 0
-    closed: int = 0
-    replaced: int = 0
-    moved: int = 0
-    """Sessions that another of the same two nodes took over from while they still carried."""
-    subscriptions_refused: int = 0
-    read_failures: int = 0
 
 
 class Sessions:
@@ -234,6 +227,9 @@ class Sessions:
                     peer.upstream.on_goaway(peer, goaway)
             case MovedReceived():
                 peer.heard_moved = True
+            case RevokedReceived(serials=serials):
+                if peer.upstream is not None:  # nobody below says who may come in
+                    peer.upstream.on_revoked(serials)
             case LinkClosed():
                 self._on_closed(peer, event)
             case DrainCreditReceived():

@@ -324,6 +324,35 @@ class KeyStatus:
 
 
 @define(kw_only=True)
+class NodeStatus:
+    """A node that enrolled here."""
+
+    node: str
+    role: str = ""
+    enrolled_ms: int = 0
+    renewed_ms: int = 0
+    """0: never."""
+    not_after_ms: int = 0
+    """The end of its newest certificate."""
+    connected: bool = False
+    revoked: bool = False
+    reason: str = ""
+    """Why it was revoked."""
+    tags: list[str] = Factory(list)
+
+
+@define(kw_only=True)
+class Revocation:
+    """What revoking or forgetting a node did."""
+
+    node: str
+    serials: list[str] = Factory(list)
+    """Its certificates, in hexadecimal, that may come in no longer."""
+    sessions: int = 0
+    """How many sessions of it ended here."""
+
+
+@define(kw_only=True)
 class NewKey:
     """The answer to "make an enrolment key": the only place its secret ever stands."""
 
@@ -352,7 +381,7 @@ class EventRecord:
     kind: str
     """session.open, session.closed, session.refused, uplink.connected, uplink.lost, store.full, store.free,
     record.quarantined, reader.removed, key.created, key.used, key.revoked,
-    config.reloaded, drain, dropped."""
+    session.moved, node.revoked, node.forgotten, config.reloaded, drain, dropped."""
     text: str = ""
     """A sentence."""
     node: str = ""

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -20,12 +21,15 @@ from attrs import define
 from stp.control import Goaway, Hello, Status, Subscribe, Subscribed
 from stp.core.errors import ErrorCode
 from stp.core.verbs import AnySession
-from stp.identity import Address
-from stp.link import LinkClosed
+from stp.identity import Address, Identity, Upstream, parse_url
+from stp.kept_tokens import KeptTokens
+from stp.lifetimes import REHANDSHAKE, renew_in
+from stp.link import Link, LinkClosed
 from stpd.events import EventBus
 from stpd.hops import Feed
 from stpd.peers import Peer
 from stpd.router import LANES
+from stpd.schema import UpstreamConfig
 from stpd.sessions import Sessions
 from stpd.status import LaneLag, UpstreamStatus
 from stpd.store.base import Hop, Store
@@ -51,10 +55,6 @@ REPORT_INTERVAL: Final = 5.0
 STEADY: Final = 5.0
 """Seconds a session must have lasted for the wait to start small again."""
 
-REHANDSHAKE: Final = 24 * 3600.0
-SPREAD: Final = 0.1
-"""Seconds until a session is replaced by a fresh one, and by what share of it that varies (R-9-4)."""
-
 POLL: Final = 0.005
 """Seconds between looks at what makes no event."""
 
@@ -77,6 +77,21 @@ class Target:
     """Its last NEW_TOKEN: good for one handshake, in which we count as ourselves and not as our address."""
 
 
+def targets_of(upstreams: Sequence[UpstreamConfig], identity: Identity, tokens: KeptTokens) -> list[Target]:
+    """What a configuration names or, where it names nothing, enrolment did. Raises IdentityError."""
+    enrolled = identity.upstream
+    if not upstreams and enrolled is not None:
+        upstreams = (UpstreamConfig(url=enrolled.url, node=enrolled.node),)
+    found = []
+    for one in upstreams:
+        address = parse_url(one.url, Upstream(one.node, one.url) if one.node else enrolled)
+        if one.node:
+            address.node = one.node
+        subscribe = tuple(filter_.replace("{node}", identity.node) for filter_ in one.subscribe)
+        found.append(Target(address, one.url, frozenset(one.classes), subscribe, tokens.take(one.url)))
+    return found
+
+
 class Uplink:
     """Dials, attaches the custody feed, subscribes to what comes down, and dials again. Run it in the nursery."""
 
@@ -94,9 +109,13 @@ class Uplink:
         wall_ms: Callable[[], int],
         jitter: Callable[[], float] = random.random,
         rehandshake: Callable[[], float] = lambda: REHANDSHAKE,
+        left: Callable[[Link], float | None] = lambda link: None,
+        on_revoked: Callable[[dict[int, int]], object] = lambda serials: None,
+        keep_token: Callable[[Target], object] = lambda target: None,
     ) -> None:
         """*dial(address, node, token)* starts a session; *on_time_heard* takes the upstream's clock (Unix s);
-        *rehandshake()* says after how many seconds a session is replaced by a fresh one, ± SPREAD.
+        *rehandshake()* says after how many seconds a session is replaced by a fresh one, ± 10 %; *left(link)* how
+        many seconds its peer's certificate has left; *keep_token(target)* keeps a new one across restarts.
         """
         self.targets = list(targets)
         self.stopping = False
@@ -118,12 +137,16 @@ class Uplink:
         self._wall_ms = wall_ms
         self._jitter = jitter
         self._rehandshake = rehandshake
+        self._left = left
+        self._on_revoked = on_revoked
+        self._token_kept = keep_token
         self._address: tuple[str, int] | None = None
         self._beside: Peer | None = None
         """Dialled while `peer` is up; takes over when its HELLO has come."""
         self._beside_ready = trio.Event()
         self._beside_lock = trio.Lock()
-        self._renewed = trio.Event()
+        self._renew_at = math.inf
+        self._news = trio.Event()
         self._closed = trio.Event()
         self._slot_s = 0.0
         self._behind_since_ms = 0
@@ -178,7 +201,7 @@ class Uplink:
         except OSError as error:
             self._failed(f"cannot dial {address[0]}:{address[1]}: {error.strerror or error}")
             return False
-        self._address = address
+        self._address, self._renew_at = address, math.inf
         self.peer = self._sessions.adopt(session, upstream=self)
         self._refused = False
         try:
@@ -201,6 +224,7 @@ class Uplink:
     def _keep_token(self, target: Target) -> None:
         if self.peer is not None and self.peer.link.token:
             target.token, self.peer.link.token = self.peer.link.token, b""
+            self._token_kept(target)
 
     # -- a second session beside the present one
 
@@ -238,24 +262,32 @@ class Uplink:
 
     def renewed(self) -> None:
         """Our certificate was renewed: a fresh session shall show it."""
-        self._renewed.set()
+        self._renew(trio.current_time())
+
+    def _renew(self, at: float) -> None:
+        self._renew_at = at
+        self._news.set()
 
     async def _keep_fresh(self) -> None:
         """(4), from one session to the next; cancelled when there is none any more."""
-        wait = self._age()
         while True:
-            self._renewed = trio.Event()
-            with trio.move_on_after(wait):
-                await self._renewed.wait()
+            self._news = trio.Event()
+            with trio.move_on_at(self._renew_at):
+                await self._news.wait()
+            if trio.current_time() < self._renew_at:
+                continue
+            self._renew_at = math.inf
             try:
-                fresh = self.state == "connected" and await self.dial_beside()
+                fresh = await self.dial_beside()
             except OSError as error:
                 log.warning("uplink_not_renewed", reason=error.strerror or str(error))
                 fresh = False
-            wait = self._age() if fresh else RENEWAL_RETRY * (0.5 + self._jitter() / 2)
+            if not fresh:
+                self._renew_at = trio.current_time() + RENEWAL_RETRY * (0.5 + self._jitter() / 2)
 
-    def _age(self) -> float:
-        return self._rehandshake() * (1 - SPREAD + 2 * SPREAD * self._jitter())
+    def _set_age(self, peer: Peer) -> None:
+        wait = renew_in(self._rehandshake(), self._left(peer.link), self._jitter())
+        self._renew(trio.current_time() + wait)
 
     async def _resolve(self, target: Address) -> tuple[str, int]:
         with trio.move_on_after(DNS_TIMEOUT):
@@ -268,6 +300,7 @@ class Uplink:
         told = -1
         while True:
             await trio.sleep(REPORT_INTERVAL)
+            self._keep_token(self.targets[self._current])
             peer = self.peer
             if peer is None or peer.link.peer is None or peer.link.closed is not None:
                 continue
@@ -302,6 +335,7 @@ class Uplink:
         self.last_error = ""
         self._reported = ""
         self._enter("connected")
+        self._set_age(peer)
         if hello.time_ms > 0:
             self._on_time_heard(hello.time_ms / 1000)
         log.info("uplink_connected", upstream=hello.node, url=target.url)
@@ -312,6 +346,7 @@ class Uplink:
     def _move(self, peer: Peer, target: Target, hello: Hello) -> None:
         """The session beside the present one is up: it continues it, or replaces it if the upstream has changed."""
         older, self.peer, self._beside = self.peer, peer, None
+        self._set_age(peer)
         if hello.time_ms > 0:
             self._on_time_heard(hello.time_ms / 1000)
         if peer.older is None:
@@ -337,6 +372,10 @@ class Uplink:
             return
         self._slot_s = goaway.slot_ms / 1000
         log.info("uplink_goaway", reason=goaway.reason, slot_ms=goaway.slot_ms)
+
+    def on_revoked(self, serials: dict[int, int]) -> None:
+        """Serial -> Unix seconds: what may not come in here either."""
+        self._on_revoked(serials)
 
     def on_closed(self, peer: Peer, closed: LinkClosed) -> None:
         was = self.state

@@ -48,7 +48,7 @@ FLOORS: Final[tuple[str, ...]] = (
     # -- stp: what touches the machine, and the front doors
     "stp.carriers.udp stp.carriers.streams stp.carriers.door stp.identity stp.pinned",
     "stp.carriers.tls stp.carriers.unix",
-    "stp.networks",
+    "stp.networks stp.lifetimes stp.kept_tokens",
     "stp.enrol stp.outbox stp.connection",
     "stp.dialler stp.publisher stp.subscriber",
     "stp.reader stp.requests stp.statistics",
@@ -66,7 +66,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stpd.access stpd.limits stpd.localnames",
     # -- stpd: certificates and tokens
     "stpd.pki",
-    "stpd.keys",
+    "stpd.kept stpd.keys",
     "stpd.network_keys",
     "stpd.setup stpd.issuing",
     "stpd.setup_cli",
@@ -86,7 +86,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stpd.peers",
     "stpd.moving",
     "stpd.sessions",
-    "stpd.uplink",
+    "stpd.uplink stpd.lifetimes",
     "stpd.paths stpd.doors",
     "stpd.managed stpd.services",
     "stpd.daemon",
@@ -96,7 +96,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stpctl.contexts stpctl.sentences stpctl.pathwords",
     "stpctl.client",
     "stpctl.session",
-    "stpctl.paths",
+    "stpctl.paths stpctl.enrolled",
     "stpctl.commands",
     "stpctl.__main__",
 )

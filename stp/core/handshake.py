@@ -72,7 +72,8 @@ class PeerIdentity:
 
 
 Authorise: TypeAlias = Callable[[PeerIdentity], str | None]
-"""None: welcome. Else the reason for the refusal, ≤ 64 bytes of which reach the peer."""
+"""None: welcome. Else the reason for the refusal, ≤ 64 bytes of which reach the peer, with the code AUTH; for another
+code, raise HandshakeRefused."""
 
 
 @define
@@ -177,7 +178,7 @@ class Judge(Protocol):
         """Raises ProtocolError if the peer's hello does not fit what it came in (echoes)."""
 
     def check_peer(self, peer: PeerIdentity) -> str | None:
-        """A reason to refuse the verified peer, or None."""
+        """A reason to refuse the verified peer, or None. May raise HandshakeRefused, with a code of its own."""
 
 
 class Handshake:
@@ -308,7 +309,11 @@ class Handshake:
         except HandshakeRefused:
             self._say_goodbye()
             raise
-        reason = judge.check_peer(self.peer)
+        try:
+            reason = judge.check_peer(self.peer)
+        except HandshakeRefused:
+            self._say_goodbye()
+            raise
         if reason is not None:
             self._say_goodbye()
             raise HandshakeRefused(reason)

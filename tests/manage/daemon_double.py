@@ -33,10 +33,12 @@ from stpd.status import (
     LedgerStatus,
     NewKey,
     NodeCounts,
+    NodeStatus,
     PathStatus,
     QuarantinedRecord,
     ReaderStatus,
     ReloadReport,
+    Revocation,
     SessionStatus,
     UpstreamStatus,
 )
@@ -171,6 +173,20 @@ class Double:
 
     def keys_revoke(self, key_id: str) -> None:
         self.done.append(("keys_revoke", key_id))
+
+    def nodes(self) -> list[NodeStatus]:
+        return [
+            NodeStatus(node="edge-1", role="gateway", not_after_ms=now_ms() + 86_400_000, connected=True),
+            NodeStatus(node="edge-2", role="gateway", not_after_ms=now_ms(), revoked=True, reason="stolen"),
+        ]
+
+    def node_revoke(self, node: str, reason: str) -> Revocation:
+        self.done.append(("node_revoke", node, reason))
+        return Revocation(node=node, serials=["1f"], sessions=1)
+
+    def node_forget(self, node: str) -> Revocation:
+        self.done.append(("node_forget", node))
+        return Revocation(node=node, serials=["1f"])
 
     async def reload(self) -> ReloadReport:
         self.done.append(("reload",))

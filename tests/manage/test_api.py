@@ -36,15 +36,14 @@ from tests.manage.daemon_double import (
 async def test_every_row_of_the_table_answers(tmp_path: Path) -> None:
     double = Double()
     arguments = {"{id}": "ab" * 16, "{name}": "erp"}
+    bodies = {"/v1/keys": {"role": "gateway"}, "/v1/revocations": {"node": "edge-1", "reason": "stolen"}}
     async with serving(double) as (_, port):
         client = await connect(port, tmp_path)
         for method, pattern in HANDLERS:
             if pattern == "/v1/events":
                 continue
             stem, _, last = pattern.rpartition("/")
-            body = (
-                json.dumps({"role": "gateway"}).encode() if (method, pattern) == ("POST", "/v1/keys") else b""
-            )
+            body = json.dumps(bodies[pattern]).encode() if method == "POST" and pattern in bodies else b""
             status, answer = await client.ask(method, f"{stem}/{arguments.get(last, last)}", body)
             assert status in (200, 201), pattern
             assert answer != {}, pattern
@@ -53,10 +52,25 @@ async def test_every_row_of_the_table_answers(tmp_path: Path) -> None:
         "remove_reader",
         "keys_create",
         "keys_revoke",
+        "node_forget",
+        "node_revoke",
         "reload",
         "drain",
     ]
     assert double.done[2] == ("keys_create", "gateway", 1, 86400.0, [])
+    assert double.done[5] == ("node_revoke", "edge-1", "stolen")
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"node": 3}, {"node": "a", "reason": "x" * 201}, {"node": "a", "why": "", "reason": ""}]
+)
+async def test_a_revocation_names_a_node(tmp_path: Path, body: dict[str, Any]) -> None:
+    double = Double()
+    async with serving(double) as (_, port):
+        client = await connect(port, tmp_path)
+        status, answer = await client.ask("POST", "/v1/revocations", json.dumps(body).encode())
+    assert (status, answer["error"]["code"]) == (400, "bad_request")
+    assert double.done == []
 
 
 @pytest.mark.parametrize(

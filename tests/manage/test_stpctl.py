@@ -72,6 +72,7 @@ def one_line_each(err: str) -> bool:
 # What it shows -----------------------------------------------------------------------------------------
 
 VIEWS = {
+    "nodes list": ["edge-1", "connected", "edge-2", "revoked: stolen"],
     "status": [
         "Hub hub-1 (test): ready, up 1 h",
         "1 session",
@@ -120,6 +121,8 @@ CHANGES = {
     "readers remove erp --yes": ("remove_reader", "erp"),
     "keys revoke 0123456789": ("keys_revoke", "0123456789"),
     "keys create --role app --uses 3 --ttl 2h --tag a --tag b": ("keys_create", "app", 3, 7200.0, ["a", "b"]),
+    "nodes revoke edge-1 --reason stolen --yes": ("node_revoke", "edge-1", "stolen"),
+    "nodes forget edge-1 --yes": ("node_forget", "edge-1"),
     "reload": ("reload",),
     "drain --yes": ("drain",),
 }
