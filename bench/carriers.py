@@ -2,11 +2,12 @@
 
 Each kind is a pair of coroutine functions, `serve` and `send`, run in a process of its own by bench.transport:
 
-    python -m bench.carriers serve KIND DIRECTORY SIZE          prints the port, then seconds and bytes as JSON
-    python -m bench.carriers send KIND DIRECTORY SIZE PORT
+    python -m bench.carriers serve KIND DIRECTORY SIZE PACKET      prints the port, then seconds and bytes as JSON
+    python -m bench.carriers send KIND DIRECTORY SIZE PACKET PORT
 
-The receiver measures, from the first byte to the last. Packets are 1,200 bytes, everything is authenticated and
-encrypted; but for DTLS, which promises no delivery, all bytes arrive.
+The receiver measures, from the first byte to the last. Packets have PACKET bytes of UDP payload, if the kind can make
+them so large; TLS on TCP, which has none, writes as many bytes at a time. Everything is authenticated and encrypted;
+but for DTLS, which promises no delivery, all bytes arrive.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import asyncio
 import functools
 import json
 import os
+import socket
 import ssl
 import sys
 import time
@@ -25,7 +27,7 @@ from typing import Any, Final
 
 import trio
 
-from stp.carriers.udp import UdpCarrier
+from stp.carriers.udp import LOOPBACK_DATAGRAM, UdpCarrier
 from stp.core.endpoint import Endpoint, EndpointConfig
 from stp.core.errors import ErrorCode
 from stp.core.events import Connected, SessionClosed, StreamOpened, StreamReadable, StreamWritable
@@ -33,7 +35,12 @@ from stp.core.session import Session
 from stp.identity import ContextCache, Identity, TimeFloor
 
 HOST: Final = "127.0.0.1"
-PACKET: Final = 1200
+PACKET = 1200
+"""Bytes; the command line says otherwise."""
+QUIC_PACKET: Final = 16_000
+"""Bytes: both QUIC libraries write lengths in two bytes, of which QUIC takes two bits."""
+DTLS_RECORD: Final = 16_384
+"""Bytes of plaintext that a DTLS record holds at most: larger packets it cannot make."""
 CHUNK: Final = 64 * 1024
 """Bytes of one write; a stream says that it is writable from that much room on."""
 LIMITS: Final = ("max_half_open", "address_half_open", "address_rate", "total_rate")
@@ -90,6 +97,7 @@ def stp_endpoint(
             accept=accept,
             random_bytes=os.urandom,
             datagram=PACKET,
+            max_datagram=max(PACKET, LOOPBACK_DATAGRAM),
             **lifted,
         )
     )
@@ -173,7 +181,7 @@ def quic_configuration(configuration: ModuleType, *, client: bool) -> Any:
     return configuration.QuicConfiguration(
         is_client=client,
         alpn_protocols=["bench"],
-        max_datagram_size=PACKET,
+        max_datagram_size=min(PACKET, QUIC_PACKET),
         max_data=16 * 1024 * 1024,
         max_stream_data=16 * 1024 * 1024,
         verify_mode=ssl.CERT_NONE,
@@ -265,18 +273,52 @@ async def send_dtls(directory: Path, size: int, port: int) -> None:
     channel = endpoint.connect((HOST, port), SSL.Context(SSL.DTLS_METHOD))
     await channel.do_handshake()
     channel.set_ciphertext_mtu(PACKET)
-    packet = bytes(channel.get_cleartext_mtu())
+    packet = bytes(min(channel.get_cleartext_mtu(), DTLS_RECORD))
     for _ in range(0, size, len(packet)):
         await channel.send(packet)
     await trio.sleep(2 * QUIET)
 
 
-KINDS: Final = ("stp", "aioquic", "qh3", "dtls")
+# -- TLS on TCP, of the standard library
+
+
+def serve_tls(directory: Path, size: int) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(directory / "server.crt", directory / "server.key")
+    meter = Meter()
+    with socket.create_server((HOST, 0)) as listener:
+        say_port(listener.getsockname()[1])
+        plain, _ = listener.accept()
+        with context.wrap_socket(plain, server_side=True) as stream:
+            while meter.bytes < size:
+                data = stream.recv(CHUNK)
+                if not data:
+                    break
+                meter.add(len(data))
+            meter.report()
+            stream.sendall(b"all here")
+
+
+def send_tls(directory: Path, size: int, port: int) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with context.wrap_socket(socket.create_connection((HOST, port))) as stream:
+        piece = bytes(PACKET)
+        for _ in range(0, size, PACKET):
+            stream.sendall(piece)
+        stream.recv(CHUNK)
+
+
+KINDS: Final = ("stp", "aioquic", "qh3", "dtls", "tls")
 
 
 def main(argv: list[str]) -> None:
-    verb, kind, directory, size = argv[0], argv[1], Path(argv[2]), int(argv[3])
-    more = (int(argv[4]),) if verb == "send" else ()
+    global PACKET
+    verb, kind, directory, size, PACKET = argv[0], argv[1], Path(argv[2]), int(argv[3]), int(argv[4])
+    more = (int(argv[5]),) if verb == "send" else ()
+    if kind == "tls":
+        (send_tls if verb == "send" else serve_tls)(directory, size, *more)
+        return
     if kind in ("aioquic", "qh3"):
         quic = send_quic if verb == "send" else serve_quic
         work: Callable[..., Coroutine[Any, Any, None]] = quic  # type: ignore[assignment]
