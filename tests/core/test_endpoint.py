@@ -138,7 +138,7 @@ def test_who_does_not_listen_does_not_answer() -> None:
     assert other.endpoint.datagrams_to_send(net.now) == []
 
 
-def test_without_the_network_key_a_listener_is_silent() -> None:
+def test_fault_17_without_the_network_key_a_listener_is_silent() -> None:
     """Fault 17: 0 bytes for a scanner (R-3-6)."""
     net, hub, _ = pair()
     scanner = net.dialler("edge-9", network_keys=(bytes(32),))
@@ -242,7 +242,7 @@ def half_open(net: Network, hub: Host, count: int, *, token: bytes = b"") -> lis
     return sessions
 
 
-def test_unfinished_handshakes_are_bounded_and_gone_in_ten_seconds() -> None:
+def test_fault_21_unfinished_handshakes_are_bounded_and_gone_in_ten_seconds() -> None:
     """Promise (3), fault 21 in small: the stalest goes first; one who means it gets in."""
     net = Network()
     hub, edge = net.listener(max_half_open=8), net.dialler()

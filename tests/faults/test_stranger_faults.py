@@ -1,4 +1,4 @@
-"""Faults 14, 16, 19, 20, 26, 41 and 59 on the simulated network: what strangers cost, and who gets in all the same.
+"""Faults 14, 16, 19, 20, 26, 56, 57 and 59 on the simulated network: what strangers cost, who gets in all the same.
 
 Real sockets, times and memory are in tests/real/test_stranger_load.py.
 """
@@ -16,7 +16,7 @@ from OpenSSL import SSL
 
 from stp.core import packet
 from stp.core.admission import ADDRESS_BURST, ADDRESS_RATE
-from stp.core.errors import ErrorCode
+from stp.core.errors import ErrorCode, PacketError
 from stp.core.events import NewToken
 from stp.core.handshake import TlsSettings, make_context
 from stp.core.keys import initial_keys
@@ -292,3 +292,57 @@ def test_fault_59_a_thousand_gateways_behind_one_address(count: int, rate: float
         assert net.now - start <= 15.0, f"{sum(g.up for g in fleet)} of {count} are back"
     assert max(gateway.attempts for gateway in fleet) <= 3
     assert hub.endpoint.statistics().retries_sent <= count // 10
+
+
+def test_fault_56_a_recorded_handshake_holds_no_reset_token() -> None:
+    """Whoever recorded it, and has the network key, finds no 16 bytes in it that end the session later (R-8-5)."""
+    net = Network(6)
+    hub, edge = net.listener(**SECRETS), net.dialler()
+    session = edge.connect(hub)
+    peer = net.establish(session)
+    net.run_for(0.5)
+    seen = [data for _, _, _, data in net.log]
+    keys_by_dcid: dict[bytes, Any] = {}
+    for _, source, _, data in net.log:
+        if data[0] == packet.INIT_BYTE:
+            parsed = packet.parse_init(data)
+            if source == edge.addr:
+                keys = keys_by_dcid[parsed.scid] = initial_keys(parsed.dcid, NETWORK_KEY)
+                aead = keys.client
+            else:
+                aead = keys_by_dcid[parsed.dcid].server
+            try:
+                seen.append(aead.open(parsed.pn, parsed.sealed, parsed.aad).rstrip(b"\0"))
+            except PacketError:
+                continue  # of the listener's own CID: its keys stay those of the client's
+    tokens = {data[at : at + 16] for data in seen for at in range(len(data) - 15)}
+    assert len(tokens) > 5000
+    head = b"\x4a" + bytes(8) + net.rng.randbytes(10)
+    for token in tokens:
+        net.inject(head + token, source=hub, to=edge)
+    assert session.state is peer.state is State.ESTABLISHED
+    session.write(0, b"still here")
+    net.run(lambda: hub.received(peer, 0) == b"still here", limit=1.0)
+
+
+@pytest.mark.parametrize("returns", [True, False])
+def test_fault_57_a_detour_by_a_sibling(returns: bool) -> None:
+    """Packets that land on a sibling draw nothing; the session goes on when they find back, or is made anew there."""
+    net = Network(7)
+    hub, edge = net.listener(**SECRETS), net.dialler()
+    session = edge.connect(hub)
+    peer = net.establish(session)
+    net.run_for(0.5)
+    del net.hosts[hub.addr]
+    sibling = net.listener(addr=hub.addr, instance=1, **SECRETS)
+    lane = session.open_stream()
+    session.write(lane, b"which way?")
+    net.run_for(1.0)
+    assert session.state is State.ESTABLISHED
+    assert sibling.endpoint.statistics().resets_sent == sibling.endpoint.statistics().datagrams_out == 0
+    if returns:
+        net.hosts[hub.addr] = hub
+        net.run(lambda: hub.received(peer, lane) == b"which way?", limit=3.0)
+        return
+    net.run(lambda: not session.live, limit=10.0)
+    net.establish(edge.connect(sibling))

@@ -43,6 +43,7 @@ class Dialler:
         self.endpoint: Endpoint = endpoint(bundle, accept=False)
         self.session: Session
         self.echoed = 0
+        self.sent: list[bytes] = []
         self.token = b""
 
     def connect(self, *, token: bytes = b"", limit: float = 5.0) -> float:
@@ -81,6 +82,7 @@ class Dialler:
                 self.raw(sent.data[at : at + size])
 
     def raw(self, datagram: bytes) -> None:
+        self.sent.append(datagram)
         with contextlib.suppress(BlockingIOError):
             self.socket.sendto(datagram, self.to)
 

@@ -120,6 +120,39 @@ def test_fault_16_bad_datagrams_cost_little_and_draw_nothing(tmp_path: Path, cou
     assert max(spent.values()) <= 30.0
 
 
+def test_fault_18_replay_of_everything_a_client_sent(tmp_path: Path) -> None:
+    """Three times, in order and shuffled, from its own and from another address: nothing comes of it."""
+    with Listener(tmp_path, "edge-1") as hub, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        live = Dialler(hub.bundles["edge-1"], hub.address)
+        live.connect()
+        for _ in range(50):
+            live.ask()
+        before, captured = hub.ask(), list(live.sent)
+        echoed = live.echoed
+        rng = random.Random(1)
+        other.bind(("127.0.6.6", 0))
+        for sender in (live.socket, other, live.socket):
+            for datagram in captured:
+                sender.sendto(datagram, hub.address)
+            rng.shuffle(captured)
+        after = hub.settled(before["datagrams_in"] + 3 * len(captured))
+        live.pump()
+        assert after["datagrams_in"] == before["datagrams_in"] + 3 * len(captured)
+        assert after["handshakes_started"] == before["handshakes_started"] == 1
+        assert after["sessions"] == 1
+        assert after["resets_sent"] == 0
+        assert live.echoed == echoed
+        assert live.ask() < 1.0
+        other.setblocking(False)
+        drawn = 0
+        with contextlib.suppress(BlockingIOError):
+            while drawn <= 10:
+                assert other.recv(2048)[0] == RETRY_BYTE  # to the tokenless INITs, as to any stranger
+                drawn += 1
+        assert drawn <= 4
+        live.close()
+
+
 def flooded(rate: float, send: Iterator[None], until: float) -> int:
     """Takes from `send` at `rate` a second until then; how many it was."""
     done, start = 0, time.monotonic()
