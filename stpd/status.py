@@ -151,6 +151,11 @@ class PathStatus:
     cids_local: int = 0
     cids_remote: int = 0
     keepalive_s: float = 0.0
+    path_validations: int = 0
+    """New addresses of the peer that answered; those that did not are the reverts."""
+    path_reverts: int = 0
+    rebinds: int = 0
+    """Changes of our own port or address, by ourselves."""
     failed_opens: int = 0
     """Packets that did not open: somebody's noise, or damage on the way."""
     repeated: int = 0

@@ -21,8 +21,10 @@ What arrives at one instant from one source in equal sizes is handed over as one
 
 A Host reads all streams at once and gives the credit back (`auto_read`, `auto_credit`: switch off to stall), keeps
 `events(session)` and `received(session, stream)`, and calls `on_ready` instead if it is set.
-`net.inject(data, source=…, to=host)` delivers anything from any address. `net.log` has every datagram
-that left: (time, source, to, data).
+`net.rebind(edge, port=…, ip=…)` gives a host another address as the others see it: what was sent to the old one is
+lost from then on, as behind a NAT, or with `keep` still arrives. A host that `moves` takes a new port when its
+endpoint suspects the path. `net.inject(data, source=…, to=host)` delivers anything from any address.
+`net.log` has every datagram that left: (time, source, to, data).
 
 Identities are made once per test session (tests/identity_kit.py). OpenSSL draws its own randomness: handshakes differ
 in a few bytes between runs of one seed, everything else does not.
@@ -110,6 +112,9 @@ class Host:
             "on_refused": lambda *args: self.refusals.append(args),
         }
         self.endpoint = Endpoint(EndpointConfig(**(config | options)))
+        self.seen_as = addr
+        """Its address to the others (Network.rebind)."""
+        self.moves = False
         self.auto_read = True
         self.auto_credit = True
         self.on_ready: Callable[[Session], None] | None = None
@@ -155,6 +160,12 @@ class Host:
         if self.auto_read:
             self.read_all(session)
 
+    def look_at_paths(self) -> None:
+        """What a driver does that can take a new socket."""
+        for session in self.endpoint.take_suspects() if self.moves else ():
+            self.net.rebind(self)
+            session.migrate(same_host=True, now=self.net.now)
+
     def read_all(self, session: Session) -> None:
         for stream in list(session._streams.recv):
             data = session.read(stream)
@@ -174,6 +185,8 @@ class Network:
         self.rng = random.Random(seed)
         self.now = START
         self.hosts: dict[Address, Host] = {}
+        self._outside: dict[Address, Host] = {}
+        self._ports = 20_000
         self.log: list[tuple[float, Address, Address, bytes]] = []
         self.keep_log = True
         self.delivered: Counter[Address] = Counter()
@@ -207,6 +220,26 @@ class Network:
 
     def both(self, a: Host, b: Host) -> tuple[Conditions, Conditions]:
         return self.link(a, b), self.link(b, a)
+
+    def rebind(
+        self, host: Host, *, port: int | None = None, ip: str | None = None, keep: bool = False
+    ) -> Address:
+        """`host` is seen at another address from now on, by default at another port. Returns it."""
+        if keep:
+            self._outside[host.seen_as] = host
+        else:
+            self._outside = {seen: one for seen, one in self._outside.items() if one is not host}
+        self._ports += 1
+        host.seen_as = (ip or host.seen_as[0], port or self._ports)
+        self._outside[host.seen_as] = host
+        return host.seen_as
+
+    def at(self, addr: Address) -> Host | None:
+        """Who gets what is sent to this address."""
+        host = self.hosts.get(addr)
+        if host is not None and host.seen_as == addr:
+            return host
+        return self._outside.get(addr)
 
     def share(self, to: Host, *sources: Host) -> Conditions:
         """One link and one queue for all of `sources` on their way to `to`."""
@@ -247,6 +280,11 @@ class Network:
         to.endpoint.receive(data, _address(source), self.now)
         self.flush()
 
+    def forge(self, data: bytes, *, source: Address, to: Host, after: float) -> None:
+        """Deliver this after so many seconds, from wherever."""
+        self._order += 1
+        heappush(self._queue, (self.now + after, self._order, source, to.seen_as, data))
+
     def describe(self) -> str:
         states = [f"{h.node}: {[s.state.name for s in h.sessions]}" for h in self.hosts.values()]
         return "; ".join(states)
@@ -256,6 +294,7 @@ class Network:
         for host in self.hosts.values():
             for session in host.endpoint.take_ready():
                 host.serve(session)
+            host.look_at_paths()
             for sent in host.endpoint.datagrams_to_send(self.now):
                 size = sent.segment_size or len(sent.data)
                 for start in range(0, len(sent.data), size):
@@ -286,7 +325,9 @@ class Network:
     # -- the wire
 
     def _send(self, source: Address, to: Address, data: bytes) -> None:
-        link = self.link(source, to)
+        host, target = self.hosts.get(source), self.at(to)
+        link = self.link(source, to if target is None else target)
+        source = source if host is None else host.seen_as
         number, link.count = link.count, link.count + 1
         if self.keep_log:
             self.log.append((self.now, source, to, data))
@@ -340,10 +381,10 @@ class Network:
         if route is None:
             return
         source, to = route
-        host = self.hosts.get(to)
+        host = self.at(to)
         if host is None:
             return
-        self.delivered[to] += len(joined)
+        self.delivered[host.addr] += len(joined)
         size = len(joined[0]) if len(joined) > 1 else 0
         host.endpoint.receive(b"".join(joined), source, self.now, size)
 

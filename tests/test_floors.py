@@ -33,6 +33,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.core.handshake stp.core.packetizer stp.core.keepalive",
     "stp.core.events stp.core.initspace stp.core.phases stp.core.channel stp.core.units stp.core.clienthello",
     "stp.core.output stp.core.routing",
+    "stp.core.migration",
     "stp.core.dataspace stp.core.states",
     "stp.core.snapshot",
     "stp.core.verbs",

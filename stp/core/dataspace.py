@@ -18,13 +18,23 @@ from stp.core.congestion import Congestion
 from stp.core.errors import ErrorCode, LocalCause, ProtocolError
 from stp.core.events import Event, StreamWritable
 from stp.core.keys import SessionKeys
+from stp.core.migration import Migration
 from stp.core.output import Output
 from stp.core.packet import DATA_OVERHEAD
 from stp.core.packetizer import Opener, Sealer
-from stp.core.path import EXTRA_CIDS, CidSource, Liveness, LocalCids, Path, RemoteCids
+from stp.core.path import (
+    EXTRA_CIDS,
+    LINGER_PTOS,
+    CidSource,
+    Liveness,
+    LocalCids,
+    Path,
+    RemoteCids,
+)
 from stp.core.phases import KeyLimits, Phases, fail_limit, seal_limit
 from stp.core.recovery import Recovery, RttEstimator
 from stp.core.routing import take_stream, take_stream_frame
+from stp.core.sizing import BASE_DATAGRAM
 from stp.core.streams import WRITABLE_ROOM
 from stp.core.streamset import StreamSet
 
@@ -42,7 +52,11 @@ class Inbox(Protocol):
         self, frame: frames.HandshakeDone | frames.NewToken | frames.Close, now: float
     ) -> None: ...
 
-    def on_cid_retired(self, cid: bytes) -> None: ...
+    def on_cids(self, wanted: int, gone: list[bytes]) -> None:
+        """So many CIDs of ours were retired, and to these nothing will come any more."""
+
+    def on_suspect(self) -> None:
+        """A dialling side hears nothing: another port may help (protocol §8)."""
 
 
 class DataSpace:
@@ -50,11 +64,13 @@ class DataSpace:
 
     __slots__ = (
         "_at_once",
+        "_dialling",
         "_inbox",
         "acks",
         "fail_limit",
         "liveness",
         "local_cids",
+        "migration",
         "opener",
         "output",
         "path",
@@ -62,6 +78,7 @@ class DataSpace:
         "recovery",
         "remote_cids",
         "sealer",
+        "source",
         "streams",
     )
 
@@ -93,6 +110,11 @@ class DataSpace:
         self.acks = AckTracker()
         self.recovery = Recovery(rtt, congestion(path.datagram), path.sizer)
         self.path = path
+        self.migration: Migration | None = None
+        """There once the session has moved."""
+        self.source = path.addr
+        """Where what is being received came from."""
+        self._dialling = dialling
         self.streams = streams
         self.liveness = liveness
         self.local_cids = LocalCids(cid, cid_source)
@@ -150,7 +172,7 @@ class DataSpace:
         for datagram in strange:
             cid = datagram[1:9]
             if cid != opener.current:
-                if cid in self.local_cids.active.values():
+                if self.local_cids.ours(cid):
                     self._receive_elsewhere(datagram, cid, now)
                 else:
                     left.append(datagram)
@@ -215,7 +237,7 @@ class DataSpace:
                 return True
             else:
                 frame, pos = frames.decode_one(plain, pos)
-                self._on_frame(frame, now)
+                self._on_frame(frame, now, end)
                 eliciting = eliciting or kind != frames.CLOSE
         return eliciting
 
@@ -237,7 +259,8 @@ class DataSpace:
         if self.recovery.sizer.blocked:
             raise ProtocolError("the path carries no full packets", ErrorCode.PATH)
 
-    def _on_frame(self, frame: frames.Frame, now: float) -> None:
+    def _on_frame(self, frame: frames.Frame, now: float, size: int) -> None:
+        """A frame of a packet that held `size` bytes of them."""
         if take_stream_frame(frame, self.streams, self._inbox, now, self.recovery.rtt.smoothed):
             return
         match frame:
@@ -247,54 +270,87 @@ class DataSpace:
                 if self.remote_cids.on_new_cid(frame):
                     self.sealer.use_cid(self.remote_cids.current[1])
             case frames.RetireCid():
-                self._on_retire(frame)
+                self._on_retire(frame, now)
             case frames.PathChallenge():
+                self._on_challenge(frame, now, size)
+            case frames.PathResponse():
                 self._at_once = True
-                self.output.answer(frames.PathResponse(frame.data).encode())
+                if self.migration is not None:
+                    self.migration.on_response(frame.data, now)
             case frames.HandshakeDone() | frames.NewToken() | frames.Close():
                 self._at_once = True
                 self._inbox.on_session_frame(frame, now)
             case frames.Crypto():
                 raise ProtocolError("CRYPTO in a DATA packet")
             case _:
-                pass  # PATH_RESPONSE: nothing here waits for it
+                pass
 
-    def _on_retire(self, frame: frames.RetireCid) -> None:
+    def _on_challenge(self, frame: frames.PathChallenge, now: float, size: int) -> None:
+        """A dialling side answers in a full packet, so that its listener is freed of its limit; a listener, to
+        whatever address, with no more than what it got (RFC 9000 §8.2.2)."""
+        self._at_once = True
+        full = BASE_DATAGRAM if self._dialling else size + DATA_OVERHEAD
+        self.output.answer(frames.PathResponse(frame.data).encode(), self.source, full)
+        if self._dialling:
+            self.liveness.on_found_anew(now)
+
+    def _on_retire(self, frame: frames.RetireCid, now: float) -> None:
         cid = self.local_cids.retire(frame.seq, self.opener.current)
         if cid is not None:
-            self._inbox.on_cid_retired(cid)
+            gone = self.local_cids.linger(cid, now + LINGER_PTOS * self.recovery.rtt.pto())
+            self._inbox.on_cids(1, gone)
 
     # -- time
 
     def next_timeout(self, dead_time: float) -> float:
         """When `handle_timeout` is to be called; a session that is alive always waits for something."""
         recovery = self.recovery
-        due = recovery.next_timeout()
-        if due is None:
-            due = self.liveness.next_ping()
-        elif (
-            recovery.pto_count and recovery.waiting_since is not None
-        ):  # before the first probe nobody is dead
-            due = min(due, self.liveness.dead_at(recovery.waiting_since, recovery.rtt.pto(), dead_time))
-        other = self.acks.deadline
-        if other is not None and other < due:
-            due = other
-        previous = self.phases.previous
-        if previous is not None and previous.until < due:
-            due = previous.until
-        other = self.output.wake_at
-        return due if other is None or due < other else other
+        found = recovery.next_timeout()
+        due = self.liveness.next_ping() if found is None else found
+        others: list[float | None] = []
+        if not self.output.starved:
+            others += [self.acks.deadline, self.output.wake_at]
+        elif found is not None:
+            due = float("inf")  # nothing may leave: the peer speaks, or the trial ends
+        if recovery.pto_count and recovery.waiting_since is not None:  # before the first probe nobody is dead
+            pto = recovery.rtt.pto()
+            due = min(due, self.liveness.dead_at(recovery.waiting_since, pto, dead_time))
+            if self._dialling:
+                due = min(due, self.liveness.suspect_at(recovery.waiting_since, pto))
+        if self.phases.previous is not None:
+            others.append(self.phases.previous.until)
+        if self.local_cids.lingering:
+            others.append(self.local_cids.lingering[0][0])
+        if self.migration is not None:
+            others.append(self.migration.next_timeout())
+        for other in others:
+            if other is not None and other < due:
+                due = other
+        return due
 
     def handle_timeout(self, now: float, dead_time: float) -> LocalCause | None:
         """Why the session is over, if it is. Sending is the caller's next step anyhow."""
-        recovery = self.recovery
+        recovery, liveness = self.recovery, self.liveness
         self.phases.drop(now)
         if recovery.sent and recovery.waiting_since is not None:
-            if now >= self.liveness.dead_at(recovery.waiting_since, recovery.rtt.pto(), dead_time):
+            pto = recovery.rtt.pto()
+            if now >= liveness.dead_at(recovery.waiting_since, pto, dead_time):
                 return LocalCause.DEAD_PEER
-        elif now >= self.liveness.next_ping():
-            if not self.liveness.on_ping_time(now):
+            suspect = recovery.pto_count and now >= liveness.suspect_at(recovery.waiting_since, pto)
+            if self._dialling and suspect:
+                liveness.on_suspicion()
+                self._inbox.on_suspect()
+        elif now >= liveness.next_ping():
+            if not liveness.on_ping_time(now):
                 return LocalCause.IDLE_TIMEOUT
             self.output.ping()
-        recovery.on_timeout(now)
+            if self._dialling and liveness.doubtful:
+                self._inbox.on_suspect()
+        if not self.output.starved:
+            recovery.on_timeout(now)
+        if self.migration is not None:
+            self.migration.handle_timeout(now)
+        gone = self.local_cids.forget(now) if self.local_cids.lingering else []
+        if gone:
+            self._inbox.on_cids(0, gone)
         return None

@@ -36,6 +36,7 @@ from stp.core.events import EndpointTotals
 from stp.core.flow import WindowBudget
 from stp.core.handshake import PeerIdentity
 from stp.core.initspace import HANDSHAKE_DEADLINE, ClientHandshake, FirstInit, ServerHandshake, open_first
+from stp.core.keepalive import KeepaliveLearner
 from stp.core.output import Transmit
 from stp.core.packet import InitPacket
 from stp.core.params import TransportParameters
@@ -220,8 +221,10 @@ class Endpoint:
         expected_domain: str | None = None,
         token: bytes = b"",
         rtt: float | None = None,
+        keepalive: KeepaliveLearner | None = None,
     ) -> Session:
-        """Dial. `token`: the last NewToken of that peer; `rtt`: remembered, seconds."""
+        """Dial. `token`: the last NewToken of that peer; `rtt`: remembered, seconds; `keepalive`: of the network that
+        we are in, instead of EndpointConfig.keepalive."""
         config = self._config
         cid = self._new_cid()
         handshake = ClientHandshake(
@@ -238,7 +241,7 @@ class Endpoint:
             rtt=rtt,
             deadline=config.handshake_deadline,
         )
-        session = Session(self._context, handshake, addr, dialling=True, now=now)
+        session = Session(self._context, handshake, addr, dialling=True, now=now, keepalive=keepalive)
         self._counts.dials += 1
         self._dialled.add(session)
         self._adopt(session, cid)
@@ -261,6 +264,14 @@ class Endpoint:
         for session in ready:
             session.in_ready = False
         return ready
+
+    def take_suspects(self) -> list[Session]:
+        """Dialled sessions that hear nothing, since the last call: give them another local address (`migrate`), and
+        this signal comes again, ever later, until one helps or the session is dead (R-8-8). Nobody has to."""
+        if not self._agenda.suspects:
+            return []
+        suspects, self._agenda.suspects = self._agenda.suspects, {}
+        return [session for session in suspects if session.live]
 
     def close_all(self, code: ErrorCode, reason: str, now: float) -> None:
         for session in list(self._cids):
@@ -534,6 +545,7 @@ class Endpoint:
                 self._by_cid.pop(cid, None)
             session.armed = None
             self._dialled.discard(session)
+            self._agenda.suspects.pop(session, None)
             return
         due = session.next_timeout()
         if due is not None and (session.armed is None or due < session.armed):

@@ -102,7 +102,15 @@ class SessionStatistics:
     datagrams_out: int = 0
     bytes_out: int = 0
     wrong_address: int = 0
-    """Buffers from elsewhere than the peer's address: dropped."""
+    """Buffers from elsewhere than the peer's address that moved nothing; a dialling side drops them."""
+    migrations: int = 0
+    """Changes of path, those that were taken back included (protocol §8)."""
+    path_validations: int = 0
+    """New addresses of the peer that answered."""
+    path_reverts: int = 0
+    """New addresses of the peer that did not, or while it was heard at the old one."""
+    rebinds: int = 0
+    """Changes of our own address, by ourselves."""
     early_kept: int = 0
     early_dropped: int = 0
     packets_lost: int = 0
@@ -165,6 +173,10 @@ class EndpointTotals:
     packets_lost: int = 0
     probe_timeouts: int = 0
     key_updates: int = 0
+    migrations: int = 0
+    path_validations: int = 0
+    path_reverts: int = 0
+    rebinds: int = 0
     datagrams_sent: int = 0
     """DATAGRAM frames; so the next two."""
     datagrams_received: int = 0

@@ -3,6 +3,7 @@
 (1) What asks for an ACK leaves only within the congestion window and the pacing, probes apart; ACKs always leave.
 (2) Bulk leaves in bursts of one stream, and only while nothing else is to be said.
 (3) `wake_at` is set whenever pacing or a full turn keeps something back.
+(4) To an address that is not validated leaves no more than the path's allowance; `starved` says that it is used up.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ BURSTS_PER_TURN: Final = 4
 """Bursts that one session sends before others, and what has arrived meanwhile, get their turn."""
 MAX_PATH_ANSWERS: Final = 8
 """PATH_CHALLENGEs that wait for their answer; older ones are forgotten."""
+MIN_ALLOWANCE: Final = 100
+"""Bytes: with less, nothing is sent to an address that is not validated. Three times the smallest packet is more."""
 MAX_FRAME: Final = 300
 """Bytes: every frame of ours but STREAM fits. A packet that was left with more room holds all there was to say."""
 
@@ -59,6 +62,8 @@ class Output:
     __slots__ = (
         "_acks",
         "_answers",
+        "_challenge",
+        "_elsewhere",
         "_local_cids",
         "_path",
         "_phases",
@@ -72,6 +77,7 @@ class Output:
         "_to_say",
         "datagrams",
         "pacer",
+        "starved",
         "wake_at",
     )
 
@@ -102,7 +108,11 @@ class Output:
         self._local_cids = local_cids
         self._remote_cids = remote_cids
         self._to_say: dict[bytes, None] = {}
-        self._answers: list[bytes] = []
+        self.starved = False
+        """(4): until the peer sends from there, or its trial is over, no timer of recovery is of use."""
+        self._answers: list[tuple[bytes, int]] = []
+        self._elsewhere: list[tuple[Any, bytes, int]] = []
+        self._challenge: tuple[bytes, int] | None = None
         self._ping = False
         self._pruning = False
 
@@ -110,10 +120,27 @@ class Output:
         """A frame of the session's own: said until it is acknowledged."""
         self._to_say[frame] = None
 
-    def answer(self, frame: bytes) -> None:
-        """A PATH_RESPONSE: said once."""
-        self._answers.append(frame)
-        del self._answers[:-MAX_PATH_ANSWERS]
+    def answer(self, frame: bytes, addr: Any, size: int) -> None:
+        """A PATH_RESPONSE, or a PATH_CHALLENGE for another path: said once to `addr`, in `size` bytes at least."""
+        if addr == self._path.addr:
+            self._answers.append((frame, size))
+            del self._answers[:-MAX_PATH_ANSWERS]
+        else:
+            self._elsewhere.append((addr, frame, size))
+            del self._elsewhere[:-MAX_PATH_ANSWERS]
+
+    def challenge(self, frame: bytes, size: int) -> None:
+        """A PATH_CHALLENGE for the present path: said once, in `size` bytes or as many as may leave."""
+        self._challenge = (frame, size)
+
+    def use_path(self, path: Path) -> None:
+        """All leaves by another way from now on; answers still go where they were asked for."""
+        self._elsewhere += [(self._path.addr, frame, size) for frame, size in self._answers]
+        del self._elsewhere[:-MAX_PATH_ANSWERS]
+        self._answers.clear()
+        self._challenge = None
+        self._path = path
+        self.starved = False
 
     def ping(self) -> None:
         """Ask for an ACK, once, unless one of our packets is under way anyhow."""
@@ -127,6 +154,8 @@ class Output:
         self.wake_at = None
         if self._size != self._path.datagram:
             self._resize(self._path.datagram)
+        if self._elsewhere:
+            self._send_elsewhere(out)
         if self._ping:
             self._ping = False
             if (
@@ -142,6 +171,10 @@ class Output:
     def _send_next(self, now: float, out: list[Transmit]) -> bool:
         """One burst or one packet of mixed frames; False when there is nothing more to send now."""
         recovery, path = self._recovery, self._path
+        if path.limited and path.allowance() < MIN_ALLOWANCE:
+            self.starved = True
+            return False
+        self.starved = False
         if recovery.probes:
             self._sealer.run()
             self._send_mixed(now, out, streams=True)
@@ -151,6 +184,8 @@ class Output:
         due = self._acks.owing and self._acks.due(now)
         room = recovery.congestion.cwnd - recovery.in_flight
         datagrams = self.datagrams if self.datagrams is not None and self.datagrams.waiting else None
+        if path.limited and path.allowance() < path.datagram:
+            datagrams = None
         if sender is None and datagrams is None:
             recovery.app_limited = room > 0
             if not due and not control:
@@ -173,9 +208,12 @@ class Output:
         if sender is not None and not control and not due:
             offset, available = sender.due(self._streams.session_room)
             if available >= path.datagram - BULK_OVERHEAD:
-                if now < path.sizer.due_at or not self._probe_size(now, out):
-                    self._send_burst(sender, offset, available, min(run, room // path.datagram), now, out)
-                return True
+                allowed = min(room, path.allowance()) if path.limited else room
+                if allowed >= path.datagram:
+                    if now < path.sizer.due_at or path.limited or not self._probe_size(now, out):
+                        most = min(run, allowed // path.datagram)
+                        self._send_burst(sender, offset, available, most, now, out)
+                    return True
         if sender is not None or due or (control and room >= path.datagram):
             return self._send_mixed(now, out, streams=sender is not None)
         return False
@@ -252,6 +290,8 @@ class Output:
         for _ in range(burst_packets(rate, recovery.congestion.cwnd, size)):
             if recovery.congestion.cwnd - recovery.in_flight < size:
                 return
+            if self._path.limited and self._path.allowance() < size:
+                return
             data = datagrams.next(size - DATAGRAM_OVERHEAD)
             if data is None:
                 return
@@ -279,23 +319,29 @@ class Output:
 
     def _has_control(self) -> bool:
         cids = self._local_cids.pending or self._remote_cids.pending
-        return bool(self._streams.pending or self._to_say or self._answers or cids)
+        return bool(self._streams.pending or self._to_say or self._answers or cids or self._challenge)
 
     def _send_mixed(self, now: float, out: list[Transmit], *, streams: bool) -> bool:
         """One packet of whatever is to be said, filled up with stream bytes. Whether there may be more."""
+        path = self._path
         probing = self._recovery.probes > 0
-        size = self._path.datagram
+        size = path.datagram
         if probing:
-            size = self._path.sizer.rescue_size(self._recovery.pto_count)
+            size = path.sizer.rescue_size(self._recovery.pto_count)
+        if path.limited:
+            size = min(size, path.allowance())
         packet = PacketBuilder(size - DATA_OVERHEAD)
-        acking = self._acks.owing
+        acking = bool(self._acks.owing)
         if acking:
             ack = self._acks.frame(now)
-            packet.room -= len(ack)
-            packet.parts.append(ack)
-        if probing or self._recovery.congestion.cwnd - self._recovery.in_flight >= self._path.datagram:
-            self._write_control(packet)
-            if streams:
+            acking = len(ack) <= packet.room  # but for (4) it always fits; the next one says it again
+            if acking:
+                packet.room -= len(ack)
+                packet.parts.append(ack)
+        full = 0
+        if probing or self._recovery.congestion.cwnd - self._recovery.in_flight >= path.datagram:
+            full = self._write_control(packet)
+            if streams and not full:
                 self._write_streams(packet, now)
         eliciting = bool(packet.frames)
         if not eliciting and (probing or (acking and self._acks.wants_pruning() and not self._pruning)):
@@ -303,31 +349,49 @@ class Output:
             eliciting = True
         if not packet.parts:
             return False
+        packet.pad(full)
         if eliciting:
-            self._seal_tracked(packet, now, out, acking=bool(acking))
+            self._seal_tracked(packet, now, out, acking=acking)
         else:
             self._emit(self._sealer.seal(b"".join(packet.parts)), 0, out)
-        return packet.room <= MAX_FRAME or probing
+        return packet.room <= MAX_FRAME or probing or full > 0
 
-    def _write_control(self, packet: PacketBuilder) -> None:
+    def _write_control(self, packet: PacketBuilder) -> int:
+        """All but STREAM frames. How large the datagram must be at least, which then takes none of these."""
         if not self._has_control():
-            return
+            return 0
+        full = 0
+        if self._challenge is not None and packet.add(self._challenge[0], self, None):
+            full, self._challenge = self._challenge[1], None
+            self._path.asked_full |= packet.whole >= full
+        while self._answers:
+            frame, size = self._answers[0]
+            if not packet.add(frame, self, None):
+                return full
+            full = max(full, size)
+            del self._answers[0]
         if self._to_say:
             for frame in list(self._to_say):
                 if not packet.add(frame, self, frame):
-                    return
+                    return full
                 del self._to_say[frame]
             self._to_say = {}  # an emptied one keeps its room
-        while self._answers:
-            if not packet.add(self._answers[0], self, None):
-                return
-            del self._answers[0]
         for cids in (self._local_cids, self._remote_cids):
             while (found := cids.next_frame()) is not None:
                 if not packet.add(found[0], cids, found[1]):
-                    return
+                    return full
                 cids.on_sent()
         self._streams.write_frames(packet)
+        return full
+
+    def _send_elsewhere(self, out: list[Transmit]) -> None:
+        """Questions to, and answers to questions from, other addresses than the peer's: of no size to speak of, or of
+        that of the question. They are not tracked."""
+        for addr, frame, size in self._elsewhere:
+            self._sealer.run()
+            sealed = self._sealer.seal(frame.ljust(size - DATA_OVERHEAD, b"\0"))
+            out.append(Transmit(addr, sealed))
+        self._elsewhere.clear()
 
     def _write_streams(self, packet: PacketBuilder, now: float) -> None:
         """Fill up with STREAM frames; the last one needs no length."""
@@ -354,11 +418,16 @@ class Output:
             _add_stream(packet, tail, length=False)
 
     def _emit(self, sealed: bytes, size: int, out: list[Transmit]) -> None:
-        out.append(Transmit(self._path.addr, sealed, size if size and len(sealed) > size else 0))
+        path = self._path
+        if path.limited:
+            path.sent += len(sealed)
+        out.append(Transmit(path.addr, sealed, size if size and len(sealed) > size else 0))
 
-    def close_packet(self, code: int, reason: str) -> bytes:
+    def send_close(self, code: int, reason: str, out: list[Transmit]) -> None:
         """One datagram with CLOSE."""
-        return self._sealer.seal(frames.Close(code, reason).encode())
+        said = frames.Close(code, reason).encode()
+        if not self._path.limited or self._path.allowance() >= len(said) + DATA_OVERHEAD:
+            self._emit(self._sealer.seal(said), 0, out)
 
     # -- the owner of what the session says, of PATH_RESPONSE, and of PINGs that prune
 

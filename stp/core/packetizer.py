@@ -51,10 +51,13 @@ _NO_HEADER: Final = (0, -1, 0)
 class PacketBuilder:
     """The frames of one packet while it is being filled."""
 
-    __slots__ = ("frames", "parts", "room")
+    __slots__ = ("frames", "parts", "room", "whole")
 
     def __init__(self, room: int) -> None:
         self.room = room
+        """Bytes of frames that still fit."""
+        self.whole = room + DATA_OVERHEAD
+        """Bytes that the datagram may have."""
         self.parts: list[bytes] = []
         self.frames: list[tuple[FrameOwner, object]] = []
 
@@ -66,6 +69,13 @@ class PacketBuilder:
         self.parts.append(frame)
         self.frames.append((owner, token))
         return True
+
+    def pad(self, size: int) -> None:
+        """Make the datagram at least `size` bytes large, as far as it may be. Nothing may follow."""
+        wanted = min(size - (self.whole - self.room), self.room)
+        if wanted > 0:
+            self.parts.append(bytes(wanted))
+            self.room -= wanted
 
 
 class Sealer:

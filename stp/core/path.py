@@ -3,12 +3,13 @@
 (1) We issue at most ACTIVE_CIDS; a retired one is replaced, so that the peer can always move on.
 (2) What the peer makes us remember is bounded: ACTIVE_CIDS of its CIDs, MAX_RETIRING answers.
 (3) Only what comes from the peer is a sign of life; what we send never is.
+(4) A retired CID of ours opens packets for a while yet; at most LINGERING of them do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from stp.core.errors import LimitError, ProtocolError
 from stp.core.frames import NewCid, RetireCid
@@ -19,13 +20,20 @@ EXTRA_CIDS: Final = ACTIVE_CIDS - 1
 MAX_RETIRING: Final = 200
 """RETIRE_CID frames that may wait for their acknowledgement (protocol §7, R-7-6)."""
 
+LINGERING: Final = ACTIVE_CIDS
+"""Retired CIDs of ours whose packets are still taken …"""
+LINGER_PTOS: Final = 3
+"""… for so many PTOs (R-8-10)."""
+AMPLIFICATION: Final = 3
+"""Times what came from an address may be sent there before it is validated (R-8-6)."""
+
 KEEPALIVE: Final = 25.0
 """Seconds of silence before a PING, where nothing is known of the network yet (keepalive.py)."""
 KEEPALIVE_LEAST: Final = 15.0
 """Seconds: with less, an idle session would cost a megabyte a day."""
 KEEPALIVE_MOST: Final = 110.0
 LISTENER_PATIENCE: Final = 5.0
-"""Seconds by which a listener waits longer, so that one side pings, not both."""
+"""Seconds by which a listener waits longer than any dialling side, so that one side pings, not both."""
 PING_REPEAT: Final = 5.0
 """Seconds between the PINGs of an idle session that are not answered."""
 MAX_UNANSWERED: Final = 3
@@ -33,34 +41,62 @@ MAX_UNANSWERED: Final = 3
 DEAD_PTOS: Final = 6
 DEAD_TIME: Final = 5.0
 """Under traffic the peer is dead after max(DEAD_PTOS PTO, DEAD_TIME seconds) without an ACK."""
+SHORT_SILENCE: Final = 0.4
+"""Seconds: in shorter ones nothing can have been asked of the peer in vain."""
+FOUND_WITHIN: Final = 5.0
+"""Seconds from the end of a silence to the listener's question that it provoked."""
+SUSPECT_PTOS: Final = 3
+SUSPECT_TIME: Final = 0.5
+"""Under traffic a path is suspect after max(SUSPECT_PTOS PTO, SUSPECT_TIME seconds) without an ACK, and after twice,
+four times … as long again."""
 
 CidSource = Callable[[], tuple[bytes, bytes]]
 """Makes a CID of ours and its reset token."""
 
 
 class Path:
-    """The way to the peer. One per session until a session can move."""
+    """One way to the peer, and what is known of it. Replaced, not changed, when either side moves."""
 
-    __slots__ = ("addr", "sizer")
+    __slots__ = ("addr", "asked_full", "challenges", "limited", "received", "sent", "sizer")
 
     def __init__(self, addr: Any, sizer: Sizer) -> None:
         self.addr = addr
-        """What the driver calls an address; compared, never looked into."""
+        """What the driver calls an address; compared, never looked into but by `host_of`."""
         self.sizer = sizer
+        self.limited = False
+        """Not validated: no more than `allowance` may leave."""
+        self.received = 0
+        self.sent = 0
+        """Bytes from and to there, counted while `limited`."""
+        self.challenges: tuple[bytes, ...] = ()
+        """What PATH_CHALLENGEs to there asked for, the latest last."""
+        self.asked_full = False
+        """One of these left in a full packet."""
 
     @property
     def datagram(self) -> int:
         """Bytes of UDP payload that full packets have now."""
         return self.sizer.datagram
 
+    def allowance(self) -> int:
+        """Bytes that may leave to an address that is not validated (R-8-6)."""
+        return AMPLIFICATION * self.received - self.sent
+
+
+def host_of(addr: Any) -> Any:
+    """An address without its port, where it has one."""
+    return addr[0] if isinstance(addr, tuple) else addr
+
 
 class LocalCids:
     """CIDs that we issued: the peer puts them on its packets. Owns NEW_CID (R-5-4)."""
 
-    __slots__ = ("_source", "_tokens", "_unacked", "active", "next_seq", "pending")
+    __slots__ = ("_source", "_tokens", "active", "lingering", "next_seq", "pending")
 
     def __init__(self, first: bytes, source: CidSource) -> None:
         self.active: dict[int, bytes] = {0: first}
+        self.lingering: tuple[tuple[float, bytes], ...] = ()
+        """Retired CIDs and until when they open packets (4), the oldest first."""
         self.next_seq = 1
         self._source = source
         self._tokens: dict[int, bytes] = {}
@@ -88,6 +124,23 @@ class LocalCids:
             raise ProtocolError(f"RETIRE_CID {seq} came on that very CID")
         self._tokens.pop(seq, None)
         return self.active.pop(seq, None)
+
+    def linger(self, cid: bytes, until: float) -> list[bytes]:
+        """Packets to the retired `cid` are taken until then. Returns those that make room for it (4)."""
+        kept = (*self.lingering, (until, cid))
+        self.lingering = kept[-LINGERING:]
+        return [gone for _, gone in kept[:-LINGERING]]
+
+    def forget(self, now: float) -> list[bytes]:
+        """Those whose time is over."""
+        gone = [cid for until, cid in self.lingering if until <= now]
+        if gone:
+            self.lingering = tuple(one for one in self.lingering if one[0] > now)
+        return gone
+
+    def ours(self, cid: bytes) -> bool:
+        """Whether packets to this CID are for us."""
+        return cid in self.active.values() or any(cid == known for _, known in self.lingering)
 
     def next_frame(self) -> tuple[bytes, int] | None:
         """The next NEW_CID to write and its token for `on_sent`, `on_acked` and `on_lost`."""
@@ -146,14 +199,20 @@ class RemoteCids:
             for seq in [s for s in self.spare if s < frame.retire_prior_to]:
                 del self.spare[seq]
                 self._retire(seq)
-            if self.current[0] < frame.retire_prior_to and self.spare:
-                self._retire(self.current[0])
-                seq = min(self.spare)
-                self.current = (seq, self.spare.pop(seq))
-                moved = True
+            if self.current[0] < frame.retire_prior_to:
+                moved = self.renew()
         if len(self.spare) + 1 > ACTIVE_CIDS:
             raise LimitError(f"more than {ACTIVE_CIDS} active CIDs")
         return moved
+
+    def renew(self) -> bool:
+        """Use a fresh CID and retire the present one. False: the peer has given us no other."""
+        if not self.spare:
+            return False
+        self._retire(self.current[0])
+        seq = min(self.spare)
+        self.current = (seq, self.spare.pop(seq))
+        return True
 
     def _retire(self, seq: int) -> None:
         self.tokens.pop(seq, None)
@@ -179,6 +238,16 @@ class RemoteCids:
             self.pending.append(token)
 
 
+class SilenceJudge(Protocol):
+    """Who learns how long an idle session may be silent (keepalive.KeepaliveLearner)."""
+
+    interval: float
+
+    def on_answer(self, silence: float) -> None: ...
+
+    def on_forgotten(self, silence: float) -> None: ...
+
+
 class Liveness:
     """Whether the peer is still there (3).
 
@@ -186,14 +255,30 @@ class Liveness:
     PING leaves after that many seconds of silence, the next after twice as many, up to the keep-alive.
     """
 
-    __slots__ = ("_heard_at", "_patience", "_pinged_at", "_unanswered", "keepalive")
+    __slots__ = (
+        "_gap",
+        "_gap_at",
+        "_judge",
+        "_patience",
+        "_pinged_at",
+        "_suspicions",
+        "_unanswered",
+        "heard_at",
+        "keepalive",
+    )
 
-    def __init__(self, keepalive: float, now: float) -> None:
-        self.keepalive = keepalive
-        self._heard_at = now
+    def __init__(self, keepalive: float, now: float, judge: SilenceJudge | None = None) -> None:
+        """`judge`: learns from silences, and its `interval` stands for `keepalive`; dialling sides only."""
+        self.keepalive = keepalive if judge is None else judge.interval
+        self.heard_at = now
+        """When the last packet of the peer opened."""
+        self._judge = judge
         self._pinged_at = now
         self._unanswered = 0
-        self._patience = keepalive
+        self._suspicions = 0
+        self._gap = 0.0  # seconds of the last silence
+        self._gap_at = now  # when it ended
+        self._patience = self.keepalive
 
     def expect(self, seconds: float | None) -> None:
         """Something should come within about `seconds`; None: nothing in particular."""
@@ -201,14 +286,42 @@ class Liveness:
 
     def on_heard(self, now: float) -> None:
         """A packet of the peer opened."""
-        self._heard_at = now
-        self._unanswered = 0
+        if self._unanswered or now - self.heard_at > SHORT_SILENCE:
+            self._end_silence(now)
+        self.heard_at = now
+
+    def _end_silence(self, now: float) -> None:
+        self._gap, self._gap_at = now - self.heard_at, now
+        answered, self._unanswered, self._suspicions = self._unanswered, 0, 0
+        if self._judge is not None and answered == 1:
+            self._judge.on_answer(self._pinged_at - self.heard_at)
+            self._heed()
+        elif self._judge is not None and answered == MAX_UNANSWERED:  # the last one left from a new port
+            self._judge.on_forgotten(self._gap)
+            self._heed()
+
+    def on_found_anew(self, now: float) -> None:
+        """The listener asks whether we are where it sees us now: something on the way forgot us (R-8-9)."""
+        if self._judge is not None and self._gap and now - self._gap_at < FOUND_WITHIN:
+            self._judge.on_forgotten(self._gap)
+            self._gap = 0.0
+            self._heed()
+
+    def on_moved(self) -> None:
+        """We have changed our address ourselves: what the listener asks now is no news."""
+        self._gap = 0.0
+
+    def _heed(self) -> None:
+        assert self._judge is not None
+        impatient = self._patience < self.keepalive
+        self.keepalive = self._judge.interval
+        self._patience = min(self._patience, self.keepalive) if impatient else self.keepalive
 
     def next_ping(self) -> float:
         """When the idle session must ping, or be given up."""
         if self._unanswered:
             return self._pinged_at + PING_REPEAT
-        return self._heard_at + self._patience
+        return self.heard_at + self._patience
 
     def on_ping_time(self, now: float) -> bool:
         """The time of `next_ping` has come: True, send a PING; False, the peer is dead."""
@@ -219,6 +332,20 @@ class Liveness:
         self._patience = min(2 * self._patience, self.keepalive)
         return True
 
+    @property
+    def doubtful(self) -> bool:
+        """All PINGs of an idle session but the last are unanswered: what is left to try is another port."""
+        return self._unanswered == MAX_UNANSWERED
+
+    def suspect_at(self, waiting_since: float, pto: float) -> float:
+        """When a path is suspect on which packets are under way since `waiting_since` without an ACK."""
+        patience = max(SUSPECT_PTOS * pto, SUSPECT_TIME) * float(2**self._suspicions)
+        return max(waiting_since, self.heard_at) + patience
+
+    def on_suspicion(self) -> None:
+        """Somebody was told that the path is suspect: the next time comes later."""
+        self._suspicions += 1
+
     def dead_at(self, waiting_since: float, pto: float, dead_time: float) -> float:
         """When a peer is dead that leaves packets under way since `waiting_since` without an ACK."""
-        return max(waiting_since, self._heard_at) + max(DEAD_PTOS * pto, dead_time)
+        return max(waiting_since, self.heard_at) + max(DEAD_PTOS * pto, dead_time)

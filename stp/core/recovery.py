@@ -5,6 +5,8 @@
     that to say it again; owners take it as on_lost and must not mind the later word.
 (3) One object remembers a whole burst; what one lost packet of it held is arithmetic (protocol §6).
 (4) A lost probe of the packet size is no sign of congestion (RFC 8899 §3).
+(5) What left on another path than the present one says nothing of its round trip or its room (RFC 9000 §9.4), nor
+    of the size that passes there.
 """
 
 from __future__ import annotations
@@ -196,6 +198,7 @@ class Recovery:
         "_loss_at",
         "app_limited",
         "congestion",
+        "first_here",
         "in_flight",
         "largest_acked",
         "last_sent_at",
@@ -217,6 +220,9 @@ class Recovery:
         self.sent: list[Sent] = []
         """Ascending by number; no entry without a bit left."""
         self.in_flight = 0
+        """Bytes under way on the present path."""
+        self.first_here = 0
+        """The first number on the present path (5)."""
         self.largest_acked = -1
         self.last_sent_at = 0.0
         self.pto_count = 0
@@ -244,6 +250,27 @@ class Recovery:
         if self.waiting_since is None:
             self.waiting_since = sent.time
 
+    def move(self, first: int, rtt: RttEstimator, congestion: Congestion, sizer: Sizer) -> None:
+        """Packets from number `first` on take another path, of which these three tell (5)."""
+        self.first_here = first
+        self.sizer = sizer
+        self.in_flight = 0
+        self.rtt, self.congestion = rtt, congestion
+        self.pto_count = 0
+
+    def probe(self) -> None:
+        """Two packets may leave whatever the window says, with the oldest bytes under way (RFC 9002 §6.2.4)."""
+        self.probes = wanted = PROBE_PACKETS
+        for sent in self.sent:
+            bits = sent.left if sent.first != self.sizer.probe else 0
+            while bits and wanted:
+                lowest = bits & -bits
+                sent.tell(lowest, acked=False)
+                bits ^= lowest
+                wanted -= 1
+            if not wanted:
+                break
+
     def on_ack(self, ranges: list[tuple[int, int]], ack_delay: float, now: float) -> bool:
         """An ACK came: half-open ranges, the highest first. Whether it acknowledged anything new.
 
@@ -253,7 +280,7 @@ class Recovery:
         self.largest_acked = max(self.largest_acked, largest)
         acked_before = self._acked_until
         at = len(ranges) - 1
-        looked = acked = holes = 0
+        looked = acked = here = holes = 0
         newest: Sent | None = None
         first_acked_at = float("inf")
         arrived: list[tuple[int, float]] = []
@@ -271,12 +298,14 @@ class Recovery:
                 continue
             size = sent.tell(bits, acked=True)
             acked += size
-            arrived.append((size, sent.time))
-            if sent.last_size > above or (sent.size > above and bits != 1 << (sent.count - 1)):
-                large_at = sent.time
+            if sent.first >= self.first_here:
+                here += size
+                arrived.append((size, sent.time))
+                if sent.last_size > above or (sent.size > above and bits != 1 << (sent.count - 1)):
+                    large_at = sent.time
             self._acked_until = max(self._acked_until, sent.time)
             first_acked_at = min(first_acked_at, sent.time)
-            if bits >> (largest - sent.first) & 1:
+            if bits >> (largest - sent.first) & 1 and sent.first >= self.first_here:
                 newest = sent
         if not acked:
             return False
@@ -284,7 +313,7 @@ class Recovery:
             latest = max(now - newest.time, 1e-6)
             self.rtt.on_sample(latest, ack_delay)
             self.congestion.on_sample(latest, newest.time, now)
-        self.in_flight -= acked
+        self.in_flight -= here
         self.pto_count = 0
         self.probes = 0
         if large_at >= 0.0:
@@ -316,7 +345,7 @@ class Recovery:
         largest = self.largest_acked
         keep: list[Sent] = []
         looked = lost = unknown = probed = 0
-        start, sizer = self.congestion.recovery_start, self.sizer
+        start, here, sizer = self.congestion.recovery_start, self.first_here, self.sizer
         oldest = latest = newest = -1.0
         for sent in self.sent:
             if sent.first > largest:
@@ -330,6 +359,11 @@ class Recovery:
             bits = sent.left & ((1 << min(max(below, 0), sent.count)) - 1)
             if bits:
                 sent.left ^= bits
+                if sent.first < here:  # (5)
+                    sent.tell(bits, acked=False)
+                    self.lost_packets += bits.bit_count()
+                    keep += [sent] if sent.left else []
+                    continue
                 if sent.first == sizer.probe:  # (4)
                     probed += sent.tell(bits, acked=False)
                     continue
@@ -338,10 +372,10 @@ class Recovery:
                 elif sizer.missing and sent.size > MIN_DATAGRAM:
                     sizer.missing_base += 1
                 size = sent.tell(bits, acked=False)
+                self.lost_packets += bits.bit_count()
                 lost += size
                 if sent.time > start:
                     unknown += size
-                self.lost_packets += bits.bit_count()
                 newest = sent.time
                 if after < sent.time < before:
                     oldest = sent.time if oldest < 0.0 else oldest
@@ -382,17 +416,7 @@ class Recovery:
             return
         self.pto_count += 1
         self.probe_timeouts += 1
-        self.probes = PROBE_PACKETS
-        wanted = PROBE_PACKETS
-        for sent in self.sent:  # the oldest, again (RFC 9002 §6.2.4)
-            bits = sent.left if sent.first != self.sizer.probe else 0
-            while bits and wanted:
-                lowest = bits & -bits
-                sent.tell(lowest, acked=False)
-                bits ^= lowest
-                wanted -= 1
-            if not wanted:
-                break
+        self.probe()
 
     def forget(self) -> None:
         """The session is over: owners hear nothing more."""

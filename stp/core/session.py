@@ -18,16 +18,14 @@ from typing import Any, Final
 
 from stp.core import frames, snapshot
 from stp.core.dataspace import DataSpace
-from stp.core.errors import ErrorCode, LocalCause, PacketError, ProtocolError
+from stp.core.errors import ErrorCode, LocalCause, PacketError, ProtocolError, UsageError
 from stp.core.events import Connected, EndpointTotals, NewToken, SessionClosed, SessionStatistics
 from stp.core.initspace import ClientHandshake, HandshakeState, InitHandshake
+from stp.core.keepalive import KeepaliveLearner
+from stp.core.migration import Migration, add_moves
 from stp.core.output import DATAGRAM_OVERHEAD, Transmit
 from stp.core.packet import InitPacket, RetryPacket
-from stp.core.path import (
-    LISTENER_PATIENCE,
-    Liveness,
-    Path,
-)
+from stp.core.path import KEEPALIVE_MOST, LISTENER_PATIENCE, Liveness, Path
 from stp.core.recovery import MAX_GUESS, RttEstimator
 from stp.core.sizing import Sizer
 from stp.core.states import LIVE, TRANSITIONS, Input, SessionContext, State
@@ -52,13 +50,22 @@ class Session(AnySession):
         "_context",
         "_data",
         "_early",
+        "_keepalive",
         "_path",
+        "_peer_datagram",
         "armed",
         "handshake",
     )
 
     def __init__(
-        self, context: SessionContext, handshake: InitHandshake, addr: Any, *, dialling: bool, now: float
+        self,
+        context: SessionContext,
+        handshake: InitHandshake,
+        addr: Any,
+        *,
+        dialling: bool,
+        now: float,
+        keepalive: KeepaliveLearner | None = None,
     ) -> None:
         super().__init__(context.agenda, StreamSet(dialling, context.budget), dialling=dialling, now=now)
         self._context = context
@@ -66,7 +73,9 @@ class Session(AnySession):
         """There until confirmed."""
         self.armed: float | None = None
         """The endpoint's: when its heap of timers will look at this session."""
-        self._path = Path(addr, Sizer(*context.sizes_for(addr), now))
+        self._keepalive = keepalive
+        self._peer_datagram = 0
+        self._path = self._make_path(addr, now)
         self._data: DataSpace | None = None
         self._early: list[bytes] | None = None
         self._close_frame: tuple[int, str] | None = None
@@ -98,6 +107,22 @@ class Session(AnySession):
         if self.state in LIVE:
             self._die(LocalCause.HANDSHAKE_TIMEOUT)
 
+    def migrate(self, addr: Any = None, *, same_host: bool = False, now: float | None = None) -> None:
+        """Our own address has changed, or does with what leaves from now on: go on there, under a fresh CID.
+
+        `addr`: the peer, as the driver names it from there; None: as before. `same_host`: only the port changes, so
+        that round trip and window are kept. `now` None: as last heard. Raises UsageError on a session that is not
+        established, or that was accepted: only the dialling side migrates (R-8-6).
+        """
+        if not self.dialling or self.state is not State.ESTABLISHED or self._data is None:
+            raise UsageError("only an established session that was dialled can migrate")
+        self._now = self._now if now is None else now
+        to = self._path.addr if addr is None else addr
+        self._moves(self._data).move(to, same_host=same_host, now=self._now)
+        self._data.liveness.on_moved()
+        self._path = self._data.path
+        self.want_to_send()
+
     def expect(self, seconds: float | None) -> None:
         """The owner waits for the peer: PING after that much silence, then ever later; None: as when idle."""
         if self._data is not None:
@@ -114,6 +139,7 @@ class Session(AnySession):
     def add_totals(self, totals: EndpointTotals) -> None:
         """Add what is counted over all sessions: cheap, for an endpoint with thousands of them."""
         data, datagrams = self._data, self._datagrams
+        add_moves(totals, self._counts)
         if data is None:  # over: what `statistics` last found
             totals.packets_lost += self._counts.packets_lost
             totals.probe_timeouts += self._counts.probe_timeouts
@@ -154,25 +180,47 @@ class Session(AnySession):
         counts = self._counts
         counts.datagrams_in += -(-len(data) // size)
         counts.bytes_in += len(data)
-        space = self._data
-        if addr != self._path.addr:
-            counts.wrong_address += 1
-        elif self.state is State.CLOSING and space is not None:
+        space, path = self._data, self._path
+        if addr != path.addr:
+            return self._receive_from_elsewhere(data, size, addr, now)
+        if path.limited:
+            path.received += len(data)
+        if self.state is State.CLOSING and space is not None:
             self._answer_with_close(space, data, size, now)
         elif self.state is State.HANDSHAKE:
             self._keep_early(data, size)
         elif space is not None and self.state in LIVE:
-            known = space.acks.next
-            try:
-                strange = space.receive(data, size, now)
-            except ProtocolError as exc:
-                self.close(exc.code, str(exc), now)
-                return []
-            if self.state is State.KEYED and not self.dialling and space.acks.next != known:
-                self._prove(now)
-            self.want_to_send()
-            return strange
+            return self._receive(space, data, size, addr, now)
         return []
+
+    def _receive(self, space: DataSpace, data: bytes, size: int, addr: Any, now: float) -> list[bytes]:
+        known = space.acks.next
+        space.source = addr
+        try:
+            strange = space.receive(data, size, now)
+        except ProtocolError as exc:
+            self.close(exc.code, str(exc), now)
+            return []
+        if self.state is State.KEYED and not self.dialling and space.acks.next != known:
+            self._prove(now)
+        self.want_to_send()
+        return strange
+
+    def _receive_from_elsewhere(self, data: bytes, size: int, addr: Any, now: float) -> list[bytes]:
+        """Another address than the peer's: the peer has moved, if it is the dialling side and says something new."""
+        space = self._data
+        if self.dialling or self.state is not State.ESTABLISHED or space is None:
+            self._counts.wrong_address += 1
+            return []
+        known, cid = space.acks.next, space.opener.current
+        strange = self._receive(space, data, size, addr, now)
+        if space.acks.next != known and self.live:
+            fresh = space.opener.current != cid
+            self._moves(space).follow(addr, len(data), now, fresh_cid=fresh)
+            self._path = space.path
+        else:
+            self._counts.wrong_address += 1
+        return strange
 
     def receive_reset(self, token: bytes, now: float) -> bool:
         """Whether this is our peer's reset token: it was started anew, the session is over (protocol §8, R-8-5)."""
@@ -205,6 +253,7 @@ class Session(AnySession):
             self._follow_handshake(now)
         if self._data is not None and self.state in LIVE:
             cause = self._data.handle_timeout(now, self._context.dead_time)
+            self._path = self._data.path
             if cause is not None:
                 self._die(cause)
 
@@ -225,7 +274,7 @@ class Session(AnySession):
                     self.close(exc.code, str(exc), now)
             if self._close_frame is not None and self._close_answers:
                 self._close_answers = 0
-                out.append(Transmit(self._path.addr, space.output.close_packet(*self._close_frame)))
+                space.output.send_close(*self._close_frame, out)
         counts = self._counts
         for sent in out[before:]:
             counts.datagrams_out += -(-len(sent.data) // (sent.segment_size or len(sent.data)))
@@ -265,10 +314,13 @@ class Session(AnySession):
                 if self.state in LIVE:
                     self._end(Input.PEER_CLOSE, ErrorCode.of(frame.code), frame.reason, by_peer=True, now=now)
 
-    def on_cid_retired(self, cid: bytes) -> None:
+    def on_cids(self, wanted: int, gone: list[bytes]) -> None:
         assert self._data is not None
-        made = self._data.local_cids.issue(1)
-        self._context.on_cids(self, made, [cid])
+        self._context.on_cids(self, self._data.local_cids.issue(wanted), gone)
+
+    def on_suspect(self) -> None:
+        if self.state is State.ESTABLISHED:
+            self._context.agenda.suspects[self] = None
 
     # -- inside
 
@@ -277,6 +329,27 @@ class Session(AnySession):
         if self._data is not None:
             self._data.output.datagrams = found
         return found
+
+    def _make_path(self, addr: Any, now: float) -> Path:
+        """A way to the peer of which nothing is known yet."""
+        sizer = Sizer(*self._context.sizes_for(addr), now)
+        if self._peer_datagram:
+            sizer.bound(self._peer_datagram)
+        if self.state is State.ESTABLISHED:
+            sizer.begin(now)
+        return Path(addr, sizer)
+
+    def _moves(self, space: DataSpace) -> Migration:
+        if space.migration is None:
+            context = self._context
+            space.migration = Migration(
+                space,
+                make_path=self._make_path,
+                make_congestion=context.congestion,
+                random_bytes=context.random_bytes,
+                counts=self._counts,
+            )
+        return space.migration
 
     def _rtt(self) -> float:
         return self._data.recovery.rtt.smoothed if self._data is not None else 0.0
@@ -311,6 +384,7 @@ class Session(AnySession):
         self.id = keys.session_id
         self.suite = keys.suite
         parameters, guess = hello.parameters, min(handshake.rtt or MAX_GUESS, MAX_GUESS)
+        self._peer_datagram = parameters.max_datagram
         self._path.sizer.bound(parameters.max_datagram)
         self._streams.peer_max_streams = [parameters.max_streams_bidi, parameters.max_streams_uni]
         space = self._data = DataSpace(
@@ -321,7 +395,7 @@ class Session(AnySession):
             path=self._path,
             rtt=RttEstimator(None, parameters.max_ack_delay_ms / 1000, guess=guess),
             streams=self._streams,
-            liveness=Liveness(context.keepalive + (0 if self.dialling else LISTENER_PATIENCE), now),
+            liveness=Liveness(self._patience(), now, self._keepalive),
             cid_source=context.cid_source,
             congestion=context.congestion,
             random_bytes=context.random_bytes,
@@ -339,6 +413,12 @@ class Session(AnySession):
         early, self._early = self._early or (), None
         for datagram in early:
             self.receive_data(datagram, len(datagram), self._path.addr, now)
+
+    def _patience(self) -> float:
+        """Seconds of silence before a PING of ours (R-8-9)."""
+        if self.dialling:
+            return self._context.keepalive
+        return max(self._context.keepalive, KEEPALIVE_MOST) + LISTENER_PATIENCE
 
     def _prove(self, now: float) -> None:
         """The peer has shown that it has our keys and, to a client, that it let us in (1, R-4-6)."""

@@ -63,9 +63,11 @@ S = TypeVar("S")
 class Agenda(Generic[S]):
     """Which sessions want the owner's and the network's attention; one for all sessions of a carrier."""
 
-    __slots__ = ("ready", "to_send")
+    __slots__ = ("ready", "suspects", "to_send")
 
     def __init__(self) -> None:
+        self.suspects: dict[S, None] = {}
+        """Dialled sessions that hear nothing, until somebody takes them: another port may help."""
         self.ready: list[S] = []
         self.to_send: list[S] = []
 

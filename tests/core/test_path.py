@@ -11,6 +11,7 @@ from stp.core.errors import LimitError, ProtocolError
 from stp.core.path import (
     ACTIVE_CIDS,
     DEAD_TIME,
+    LINGERING,
     MAX_RETIRING,
     MAX_UNANSWERED,
     PING_REPEAT,
@@ -75,6 +76,34 @@ def test_a_retired_cid_is_gone_and_replaced() -> None:
     assert cids.retire(1, bytes(8)) is None
     assert len(cids.issue(3)) == 1
     assert sorted(cids.active) == [0, 2, 3, 4]
+
+
+def test_retired_cids_open_packets_for_a_while() -> None:
+    """Promise (4), R-8-10: for packets under way, and not for many."""
+    cids = local()
+    made = cids.issue(3)
+    assert cids.linger(b"retired!", 5.0) == []
+    assert all(cids.linger(n.to_bytes(8, "big"), 6.0) == [] for n in range(100, 99 + LINGERING))
+    assert cids.ours(b"retired!")
+    assert cids.ours(made[0])
+    assert not cids.ours(b"stranger")
+    assert cids.linger(b"one more", 7.0) == [b"retired!"]
+    assert not cids.ours(b"retired!")
+    assert cids.forget(5.5) == []
+    assert len(cids.forget(6.5)) == LINGERING - 1
+    assert cids.forget(7.0) == [b"one more"]
+    assert not cids.lingering
+
+
+def test_a_fresh_cid_takes_the_place_of_the_present_one() -> None:
+    """R-8-10."""
+    cids = RemoteCids(bytes(8))
+    assert not cids.renew()
+    cids.on_new_cid(new(1))
+    assert cids.renew()
+    assert cids.current[0] == 1
+    assert [f.seq for f in written(cids) if isinstance(f, frames.RetireCid)] == [0]
+    assert not cids.renew()
 
 
 def test_retiring_what_cannot_be_is_an_offence() -> None:
