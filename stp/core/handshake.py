@@ -150,6 +150,7 @@ def make_context(settings: TlsSettings, server: bool) -> SSL.Context:
     if not server:
         made.set_alpn_protos([ALPN])
     made.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    made.set_mode(SSL.MODE_RELEASE_BUFFERS)  # strangers may have a few hundred handshakes half open
     made.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT)
     made.set_verify_depth(MAX_CHAIN_DEPTH)
     credentials = settings.credentials
