@@ -70,6 +70,8 @@ class Grant:
     rules: tuple[str, ...]
     publish: FilterSet
     subscribe: tuple[str, ...]
+    reads: FilterSet
+    """The same as one question: may the node see this topic? A batch that it may see in part is cut (R-10-30)."""
     speaks_for: tuple[str, ...]
     _memo: dict[str, Decision] = field(factory=dict)
 
@@ -153,12 +155,14 @@ class Access:
 
     def _compile(self, node: str, role: str | None) -> Grant:
         mine = [rule for rule in self._rules if _names(rule, node, role)]
+        subscribe = tuple(_own(one, node) for rule in mine for one in rule.subscribe)
         return Grant(
             node,
             role,
             tuple(rule.name for rule in mine),
             FilterSet([_own(one, node) for rule in mine for one in rule.publish]),
-            tuple(_own(one, node) for rule in mine for one in rule.subscribe),
+            subscribe,
+            FilterSet(subscribe),
             tuple(glob for rule in mine for glob in rule.speaks_for),
         )
 

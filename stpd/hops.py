@@ -14,7 +14,7 @@ Whatever happens here is synchronous: a commit, a receipt or new room calls :met
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from attrs import define, field
@@ -33,6 +33,7 @@ from stp.records import (
     read_record,
 )
 from stp.topics import Decision, FilterSet
+from stpd.excerpts import hide
 from stpd.store.base import Store, Stored
 
 PUMP_BYTES: Final = 1 << 20
@@ -116,6 +117,7 @@ class Feed:
         peer_id: bytes,
         lanes: dict[int, int],
         filters: FilterSet | None,
+        reads: Callable[[], FilterSet] | None = None,
         durable: bool,
         keeper: bool,
         history: bool = False,
@@ -128,6 +130,8 @@ class Feed:
     ) -> None:
         """*lanes*: lane → position to start at. *filters* None: everything that *takes* lets through.
 
+        *reads*: what the peer may see by the access rules of now, which filters lie within; None: all of it.
+
         *history*: a live feed that starts in the past, and so may read from disk like a durable one.
 
         *fetch(feed, lane, position)* reads from disk and calls :meth:`give`; *retry(feed, lane, delay)* calls
@@ -139,6 +143,7 @@ class Feed:
         self.keeper = keeper
         self.history = history
         self.filters = filters
+        self._reads = reads
         self.closed = False
         self._store = store
         self._node_id = node_id
@@ -203,6 +208,11 @@ class Feed:
         state = self._lanes.get(lane)
         if state is None or self.closed or not self._wanted(lane, record, head):
             return False
+        shown = self._hide(record, head, range(head.batches))
+        if shown is not None:
+            if not shown:
+                return False
+            record, head = shown, read_record(shown)
         record = forward(record, head, self._node_id, 0)
         if state.link is not self.link and not self._cross(lane, state):
             if state.held_bytes + len(record) > HELD_BYTES:
@@ -300,9 +310,13 @@ class Feed:
         if kept is None:
             self._skip(state, item, filtered=item.messages - expired, expired=expired)
             return
-        if len(kept) < head.batches:
+        shown = self._hide(record, head, kept)
+        if shown == b"":
+            self._skip(state, item, filtered=item.messages - expired, expired=expired)
+            return
+        if shown or len(kept) < head.batches:
             whole = item.messages
-            record = part_of(record, head, kept)
+            record = shown or part_of(record, head, kept)
             head = read_record(record)
             flight = Flight(
                 0, item.pos, item.pos, item.pos, head.messages, whole - head.messages - expired, expired
@@ -401,6 +415,12 @@ class Feed:
         if decision is not Decision.OPEN:
             return decision is Decision.ALL
         return any_topic_matches(batch, self.filters)
+
+    def _hide(self, record: bytes, head: RecordHead, keep: Sequence[int]) -> bytes | None:
+        """As `excerpts.hide`. What the filters let through as a whole lies within what the peer may see."""
+        if self._reads is None or self.filters is None or self._decide(head.prefix) is Decision.ALL:
+            return None
+        return hide(record, head, keep, self._reads())
 
     def _decide(self, prefix: str) -> Decision:
         assert self.filters is not None

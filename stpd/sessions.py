@@ -502,6 +502,7 @@ class Sessions:
             peer_id=node_id(self._domain, peer.node),
             lanes=starts,
             filters=filters,
+            reads=None if keeper or takes else lambda: self._access().grant(peer.node).reads,
             durable=durable,
             history=history,
             keeper=keeper,

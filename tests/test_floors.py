@@ -82,6 +82,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stpd.store.writer",
     "stpd.store.sqlite",
     # -- stpd: the relay and the house around it
+    "stpd.excerpts",
     "stpd.hops",
     "stpd.relay",
     "stpd.peers",

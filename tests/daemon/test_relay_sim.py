@@ -8,11 +8,13 @@ import pytest
 import trio
 import trio.testing
 
+from stp.batch import encode_batch, node_id
 from stp.core.errors import ErrorCode
-from stp.records import RefusedCode
+from stp.records import RefusedCode, encode_record
 from stpd.limits import PeerLimit
 from stpd.schema import BUILT_IN_CLASSES, AccessRule, ClassConfig
-from tests.daemon.world import World
+from tests.daemon.world import PAYLOAD, World
+from tests.identity_kit import DOMAIN
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -282,3 +284,36 @@ async def test_a_durable_name_is_read_by_its_newest_session(
         sensor.publish(5)
         await world.run(lambda: len(second.messages) == 5, limit=5)
         assert not first.messages
+
+
+@pytest.mark.parametrize("durable", [None, "desk"])
+@pytest.mark.parametrize("durability", ["sync", "memory"])
+async def test_a_reader_sees_of_a_batch_what_its_rules_let_it_see(
+    tmp_path: Path, mock_clock: trio.testing.MockClock, durable: str | None, durability: str
+) -> None:
+    """R-10-11, R-10-30: its filter meets one topic of a batch; the others of it are nothing to it."""
+    rules = (
+        AccessRule(name="all", nodes=("sensor-*", "boss"), publish=("#",), subscribe=("#",)),
+        AccessRule(name="own", nodes=("guest",), subscribe=("site/a/#",)),
+    )
+    async with World(tmp_path, seed=11) as world:
+        classes = (ClassConfig(name="telemetry", filters=("#",), lane=3, durability=durability),)
+        hub = await world.hub(access=rules, classes=classes)
+        guest = world.reader("guest", hub, ["site/a/+"], durable=durable)
+        boss = world.reader("boss", hub, ["site/a/+"])
+        await world.run(lambda: guest.subscribed and boss.subscribed, limit=5)
+        sensor = world.publisher("sensor-1", hub)
+        topics = ["site/a/x", "site/b/secret", "site/a/y", "site/b/secret"]
+        payloads = [PAYLOAD.pack(number) for number in range(4)]
+        publisher = node_id(DOMAIN, "sensor-1")
+        for number, part in enumerate((slice(0, 4), slice(1, 2), slice(2, 3)), 1):
+            batch = encode_batch(
+                topics[part], payloads[part], time_ms=1, publisher=publisher, run=1, sequence=number
+            )
+            sensor.unacked[number] = encode_record(3, sensor.source, number, [batch])
+        sensor.send()
+        await world.run(lambda: len(guest.messages) == 3, limit=5)
+        assert [topic for _, topic, _ in guest.messages] == ["site/a/x", "site/a/y", "site/a/y"]
+        await world.run(lambda: len(boss.messages) >= 5, limit=5)
+        assert [topic for _, topic, _ in boss.messages] == [*topics, "site/a/y"]
+        assert hub.store.ledger().unexplained == 0, hub.store.ledger().explain()
