@@ -318,7 +318,7 @@ class Connection:
             )
         )
         local = "::" if ipaddress.ip_address(host.partition("%")[0]).version == 6 else "0.0.0.0"
-        carrier = await UdpCarrier.bind(endpoint, local, on_ready=on_ready)
+        carrier = await UdpCarrier.bind(endpoint, local, on_ready=on_ready, movable=True)
         try:
             address = await carrier.resolve(host, port)
         except BaseException:

@@ -288,7 +288,9 @@ class Daemon:
         config = self._endpoint_config(accept=accept)
         endpoint = Endpoint(config)
         try:
-            carrier = await UdpCarrier.bind(endpoint, host, port, on_ready=self.sessions.on_ready)
+            carrier = await UdpCarrier.bind(
+                endpoint, host, port, on_ready=self.sessions.on_ready, movable=not accept
+            )
         except OSError as error:
             raise StartupError(
                 f"cannot listen on UDP {host}:{port}: {error.strerror or error}",

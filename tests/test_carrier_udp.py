@@ -74,6 +74,9 @@ class Recorder:
         out, self.ready = self.ready, []
         return out
 
+    def take_suspects(self) -> list[Any]:
+        return []
+
     async def wait(self, count: int) -> None:
         with trio.fail_after(5):
             while len(self.received) < count:

@@ -5,6 +5,8 @@
     of the endpoint until it went.
 (3) Segmentation offload (GSO, GRO) is an accelerator: without it, or when it fails, datagrams go singly.
 (4) A datagram the kernel refuses is lost and counted by errno; recovery sends again what mattered.
+(5) A `movable` carrier takes a new local port when its endpoint suspects the path, or when there is a route again
+    after there was none; what comes to the old port is still taken for DRAIN_TIME. No session ends by it (R-8-8).
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import trio
 from attrs import define, field
 
 from stp.core.sizing import BASE_DATAGRAM
+from stp.core.states import State
 
 if TYPE_CHECKING:
     from stp.core.endpoint import Endpoint
@@ -42,6 +45,10 @@ LOOPBACK_DATAGRAM: Final = 8_972
 or large. What we say we can receive (`max_datagram`) is no less."""
 LARGEST_DATAGRAM: Final = 1_472
 """Bytes of UDP payload up to which paths are probed by default: what Ethernet carries over IPv4."""
+DRAIN_TIME: Final = 3.0
+"""Seconds for which the socket that was left is still read."""
+ROUTE_PAUSE: Final = 1.0
+"""Seconds between looks whether there is a route again."""
 RESOLVE_TIMEOUT: Final = 5.0
 """Seconds that a name may take."""
 
@@ -64,6 +71,8 @@ PMTUDISC_PROBE: Final = 3
 _U16: Final = struct.Struct("=H")
 _INT: Final = struct.Struct("=i")
 _CONTROL_SPACE: Final = socket.CMSG_SPACE(_INT.size)
+_ROUTE_ERRORS: Final = frozenset((errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EADDRNOTAVAIL))
+"""What sends say while this machine has no way to the peer: it changes networks, as a rule."""
 _OFFLOAD_ERRORS: Final = frozenset((errno.EIO, errno.EINVAL, errno.EMSGSIZE))
 
 
@@ -84,6 +93,8 @@ class UdpStatistics:
     receive_buffer: int = 0
     """What the kernel granted of RECEIVE_BUFFER."""
     send_buffer: int = 0
+    rebinds: int = 0
+    """New local ports taken on the way."""
     errors: dict[str, int] = field(factory=dict)
     """Sends and receives that failed, by errno name."""
 
@@ -116,8 +127,20 @@ class UdpCarrier:
     ends `run`. After it returns, what it queued is sent.
     """
 
-    def __init__(self, sock: socket.socket, endpoint: Endpoint, on_ready: Callable[[Session], None]) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        endpoint: Endpoint,
+        on_ready: Callable[[Session], None],
+        *,
+        movable: bool = False,
+    ) -> None:
         self._sock = sock
+        self._movable = movable
+        self._reading = trio.CancelScope()
+        self._sources: dict[Address, str] = {}
+        self._unrouted: Address | None = None
+        self._look_at = 0.0
         self._endpoint = endpoint
         self._on_ready = on_ready
         self._buffer = bytearray(DATAGRAM_BUFFER)
@@ -133,28 +156,28 @@ class UdpCarrier:
 
     @classmethod
     async def bind(
-        cls, endpoint: Endpoint, host: str = "0.0.0.0", port: int = 0, *, on_ready: Callable[[Session], None]
+        cls,
+        endpoint: Endpoint,
+        host: str = "0.0.0.0",
+        port: int = 0,
+        *,
+        on_ready: Callable[[Session], None],
+        movable: bool = False,
     ) -> UdpCarrier:
         """A carrier on that local address; port 0 takes a free one, "::" takes IPv4 too.
 
-        Raises OSError, with the address in its text.
+        `movable`: it only dials, and may take another port at any time (5). Raises OSError, with the address in its
+        text.
         """
         try:
             found = await trio.socket.getaddrinfo(
                 host, port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
             )
             family, _, _, _, address = found[0]
-            sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-            try:
-                if family == socket.AF_INET6:
-                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if host == "::" else 1)
-                sock.bind(address)
-            except BaseException:
-                sock.close()
-                raise
+            sock = _open(family, address)
         except OSError as exc:
             raise OSError(exc.errno, f"cannot listen on UDP {host} port {port}: {exc.strerror}") from exc
-        return cls(sock, endpoint, on_ready)
+        return cls(sock, endpoint, on_ready, movable=movable)
 
     @property
     def local_address(self) -> Address:
@@ -184,7 +207,7 @@ class UdpCarrier:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                nursery.start_soon(self._receive_loop)
+                nursery.start_soon(self._receive_loop, self._sock, self._reading)
                 nursery.start_soon(self._timer_loop)
                 task_status.started()
         finally:
@@ -232,15 +255,22 @@ class UdpCarrier:
 
     # -- the two loops
 
-    async def _receive_loop(self) -> None:
-        while not self._closed:
-            try:
-                await trio.lowlevel.wait_readable(self._sock)
-            except trio.ClosedResourceError:
-                return
-            self._drain()
-            self._turn(trio.current_time())
-            self._advance_timer()
+    async def _receive_loop(self, sock: socket.socket, scope: trio.CancelScope) -> None:
+        """Reads `sock` until the carrier is closed, or, once another took its place, until `scope` is over."""
+        try:
+            with scope:
+                while not self._closed:
+                    try:
+                        await trio.lowlevel.wait_readable(sock)
+                    except trio.ClosedResourceError:
+                        return
+                    self._drain(sock)
+                    self._turn(trio.current_time())
+                    self._advance_timer()
+        finally:
+            if sock is not self._sock:
+                trio.lowlevel.notify_closing(sock)
+                sock.close()
 
     def _advance_timer(self) -> None:
         due = self._endpoint.next_timeout()
@@ -263,6 +293,8 @@ class UdpCarrier:
         due = endpoint.next_timeout()
         if due is not None and due <= now:
             endpoint.handle_timeout(now)
+        if self._movable:
+            self._move(now)
         self._in_turn = True
         for session in endpoint.take_ready():
             self._on_ready(session)
@@ -272,12 +304,58 @@ class UdpCarrier:
         if endpoint.has_news:
             self._wakeup.set()  # of what owners did to one another's sessions
 
+    # -- other ports (5)
+
+    def _move(self, now: float) -> None:
+        if self._endpoint.take_suspects():
+            self.rebind()
+        elif self._unrouted is not None and now >= self._look_at:
+            self._look_at = now + ROUTE_PAUSE
+            if _source(self._unrouted):
+                self._unrouted = None
+                self.rebind()
+
+    def rebind(self) -> bool:
+        """Go on from a new local port: every session that was dialled migrates there. Trio thread only.
+
+        Whether there is a new port; False: the kernel gave none (counted by errno), or the carrier is not `movable`,
+        or does not run.
+        """
+        if not self._movable or self._closed or self._nursery is None:
+            return False
+        try:
+            sock = _open(self._sock.family, (self._sock.getsockname()[0], 0))
+        except OSError as exc:
+            self._count_error(exc)
+            return False
+        gso = self._statistics.gso
+        _prepare(sock, self._statistics)
+        self._statistics.gso &= gso
+        self._statistics.rebinds += 1
+        now = trio.current_time()
+        self._reading.deadline = now + DRAIN_TIME
+        self._sock, self._reading = sock, trio.CancelScope()
+        self._nursery.start_soon(self._receive_loop, sock, self._reading)
+        for session in self._endpoint.sessions:
+            if session.dialling and session.state is State.ESTABLISHED:
+                session.migrate(same_host=self._same_source(session.addr), now=now)
+        if not self._in_turn:
+            self._wakeup.set()
+        return True
+
+    def _same_source(self, address: Address) -> bool:
+        """Whether the kernel would send from the same local address as when this was asked last."""
+        source = _source(address)
+        known = self._sources.get(address)
+        self._sources = {address: source}
+        return bool(source) and source == known
+
     # -- the socket
 
-    def _drain(self) -> None:
+    def _drain(self, sock: socket.socket) -> None:
         """Each buffer has a time of its own, taken after it was read: one taken before would make a round trip
         shorter than it was by as long as this process did not run in between."""
-        sock, view, counts, receive = self._sock, self._view, self._statistics, self._endpoint.receive
+        view, counts, receive = self._view, self._statistics, self._endpoint.receive
         clock = trio.lowlevel.current_clock().current_time
         buffers = [self._buffer]
         left = DRAIN_BYTES
@@ -329,7 +407,8 @@ class UdpCarrier:
         try:
             await trio.lowlevel.wait_writable(self._sock)
         except trio.ClosedResourceError:
-            return
+            if self._closed:
+                return
         pending, self._blocked = self._blocked, deque()
         self._send_all(pending)
         if not self._blocked:
@@ -343,7 +422,7 @@ class UdpCarrier:
         except BlockingIOError:
             raise
         except OSError as exc:
-            self._count_error(exc)
+            self._refused(exc, address)
             if exc.errno == errno.EMSGSIZE:
                 self._endpoint.on_too_large(address, len(data), trio.current_time())
             return False
@@ -361,7 +440,7 @@ class UdpCarrier:
             except BlockingIOError:
                 raise
             except OSError as exc:
-                self._count_error(exc)
+                self._refused(exc, transmit.addr)
                 if exc.errno not in _OFFLOAD_ERRORS:
                     return
             else:
@@ -386,10 +465,40 @@ class UdpCarrier:
                 return False
         return went
 
+    def _refused(self, exc: OSError, address: Address) -> None:
+        """A send failed."""
+        self._count_error(exc)
+        if exc.errno in _ROUTE_ERRORS:
+            self._unrouted = address
+
     def _count_error(self, exc: OSError) -> None:
         name = errno.errorcode.get(exc.errno or 0, "unknown")
         errors = self._statistics.errors
         errors[name] = errors.get(name, 0) + 1
+
+
+def _open(family: int, address: tuple[Any, ...]) -> socket.socket:
+    """A socket bound to that local address; "::" takes IPv4 too. Raises OSError."""
+    sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if address[0] == "::" else 1)
+        sock.bind(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _source(address: Address) -> str:
+    """The local address that the kernel sends to `address` from; "" where it knows no way. Nothing is sent."""
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.connect(address)
+            return str(sock.getsockname()[0])
+    except OSError:
+        return ""
 
 
 def _ip_address(found: tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]) -> Address:
