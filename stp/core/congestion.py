@@ -53,6 +53,12 @@ class Congestion(Protocol):
     def on_persistent_congestion(self) -> None:
         """Nothing arrived for so long that all is to be found out again (RFC 9002 §7.6)."""
 
+    def save(self) -> tuple[float, ...]:
+        """What a loss changes, before it does."""
+
+    def restore(self, saved: tuple[float, ...]) -> None:
+        """All that was lost since `save` came after all: the window is at least what it was (RFC 9438 §4.9)."""
+
     def on_packet_size(self, packet: int) -> None:
         """Full packets have `packet` bytes from now on."""
 
@@ -102,6 +108,13 @@ class NewReno:
         """RFC 9002 §7.6.2."""
         self.cwnd = K_MINIMUM_WINDOW_PACKETS * self._packet
         self.recovery_start = -1.0
+
+    def save(self) -> tuple[float, ...]:
+        return self.cwnd, self.ssthresh
+
+    def restore(self, saved: tuple[float, ...]) -> None:
+        cwnd, self.ssthresh = saved
+        self.cwnd = max(self.cwnd, int(cwnd))
 
     def on_packet_size(self, packet: int) -> None:
         """RFC 9002 §7.2: the least window is two packets."""

@@ -5,9 +5,6 @@ present congestion avoidance. Above congestion.py, behind the same methods as Ne
 
 (1) The window grows only by what arrived while it was in use, and the curve stands still in between (§5.8).
 (2) One reduction for all that was lost of what left before it, as in RFC 9002 §7.3.2.
-
-Not here: a reduction is not taken back when the loss turns out to be reordering (§4.9, optional): recovery forgets
-what it declared lost.
 """
 
 from __future__ import annotations
@@ -175,6 +172,15 @@ class Cubic:
         self._W_max = cwnd * (1 + BETA_CUBIC) / 2 if cwnd < self._W_max else cwnd  # fast convergence
         self.cwnd = max(int(self.cwnd * BETA_CUBIC), K_MINIMUM_WINDOW_PACKETS * self._packet)
         self.ssthresh = self.cwnd
+        self._epoch_start = -1.0
+
+    def save(self) -> tuple[float, ...]:
+        return self.cwnd, self.ssthresh, self._W_max, self._cwnd_prior
+
+    def restore(self, saved: tuple[float, ...]) -> None:
+        """§4.9.2; the curve begins anew."""
+        cwnd, self.ssthresh, self._W_max, self._cwnd_prior = saved
+        self.cwnd = max(self.cwnd, int(cwnd))
         self._epoch_start = -1.0
 
     def on_persistent_congestion(self) -> None:

@@ -7,6 +7,8 @@
 (4) A lost probe of the packet size is no sign of congestion (RFC 8899 §3).
 (5) What left on another path than the present one says nothing of its round trip or its room (RFC 9000 §9.4), nor
     of the size that passes there.
+(6) What comes within a round trip after it was declared lost had only been overtaken: thresholds grow, and if nothing
+    else was lost the window is given back (RFC 9438 §4.9, R-6-2).
 """
 
 from __future__ import annotations
@@ -18,6 +20,11 @@ from stp.core.congestion import Congestion
 from stp.core.sizing import MIN_DATAGRAM, Sizer
 
 K_PACKET_THRESHOLD: Final = 3
+MAX_PACKET_THRESHOLD: Final = 64
+MAX_TIME_THRESHOLD: Final = 2.0
+"""Where packets overtake one another, the thresholds grow up to these (RFC 9002 §6.1.1, §6.1.2)."""
+MAX_DECLARED: Final = 32
+"""Losses that are remembered for a round trip, to see whether they come yet."""
 K_TIME_THRESHOLD: Final = 9 / 8
 K_GRANULARITY: Final = 0.001
 K_INITIAL_RTT: Final = 0.333
@@ -59,13 +66,15 @@ class FrameSink(Protocol):
 class RttEstimator:
     """RFC 9002 §5."""
 
-    __slots__ = ("latest", "max_ack_delay", "min", "sampled", "smoothed", "var")
+    __slots__ = ("latest", "max_ack_delay", "min", "sampled", "smoothed", "time_threshold", "var")
 
     def __init__(
         self, initial: float | None = None, max_ack_delay: float = 0.025, *, guess: float = K_INITIAL_RTT
     ) -> None:
         self.max_ack_delay = max_ack_delay
         """Seconds, the peer's."""
+        self.time_threshold: float = K_TIME_THRESHOLD
+        """Round trips, see `loss_delay`."""
         self.sampled = initial is not None
         self.latest = self.min = self.smoothed = guess if initial is None else initial
         self.var = self.smoothed / 2  # RFC 9002 §5.3
@@ -90,7 +99,7 @@ class RttEstimator:
 
     def loss_delay(self) -> float:
         """Seconds after which a packet below an acknowledged one is lost (RFC 9002 §6.1.2)."""
-        return max(K_TIME_THRESHOLD * max(self.latest, self.smoothed), K_GRANULARITY)
+        return max(self.time_threshold * max(self.latest, self.smoothed), K_GRANULARITY)
 
 
 class Sent:
@@ -195,7 +204,9 @@ class Recovery:
 
     __slots__ = (
         "_acked_until",
+        "_declared",
         "_loss_at",
+        "_saved",
         "app_limited",
         "congestion",
         "first_here",
@@ -203,12 +214,14 @@ class Recovery:
         "largest_acked",
         "last_sent_at",
         "lost_packets",
+        "packet_threshold",
         "probe_timeouts",
         "probes",
         "pto_count",
         "rtt",
         "sent",
         "sizer",
+        "spurious",
         "waiting_since",
     )
 
@@ -233,6 +246,12 @@ class Recovery:
         self.waiting_since: float | None = None
         """Since when packets are under way without an ACK of anything new."""
         self.lost_packets = 0
+        self.spurious = 0
+        """Of `lost_packets`, those that came after all, within a round trip."""
+        self.packet_threshold = K_PACKET_THRESHOLD
+        # first number, bits, when they were declared lost
+        self._declared: Sequence[tuple[int, int, float]] = ()
+        self._saved: tuple[float, ...] | None = None  # of the controller, before the oldest of these
         self.probe_timeouts = 0
         self._loss_at: float | None = None
         self._acked_until = -1.0  # latest send time among the acknowledged
@@ -256,6 +275,7 @@ class Recovery:
         self.sizer = sizer
         self.in_flight = 0
         self.rtt, self.congestion = rtt, congestion
+        self.packet_threshold, self._declared, self._saved = K_PACKET_THRESHOLD, (), None
         self.pto_count = 0
 
     def probe(self) -> None:
@@ -307,6 +327,8 @@ class Recovery:
             first_acked_at = min(first_acked_at, sent.time)
             if bits >> (largest - sent.first) & 1 and sent.first >= self.first_here:
                 newest = sent
+        if self._declared:
+            self._look_for_late(ranges, now)
         if not acked:
             return False
         if newest is not None:
@@ -328,6 +350,39 @@ class Recovery:
         self._grow(arrived, now)  # after the losses, as in RFC 9002 appendix A.7
         self.waiting_since = now if self.sent else None
         return True
+
+    def _declare(self, first: int, bits: int, now: float) -> None:
+        """These are lost, it seems."""
+        if not self._declared:
+            self._saved = self.congestion.save()
+        elif len(self._declared) == MAX_DECLARED:
+            self._saved = None  # so many are no mistake
+        self._declared = [*self._declared[1 - MAX_DECLARED :], (first, bits, now)]
+
+    def _look_for_late(self, ranges: list[tuple[int, int]], now: float) -> None:
+        """What was declared lost and came after all had only been overtaken: wait for more packets the next time, or
+        longer, up to twice as much at once (6). Owners hear nothing: it was said again (2).
+        """
+        keep = []
+        for first, bits, at in self._declared:
+            if now - at > self.rtt.smoothed:
+                self._saved = None  # one at least was lost
+                continue
+            late = bits & _numbers(first, bits.bit_length(), ranges)
+            if late:
+                self.spurious += late.bit_count()
+                overtaken = self.largest_acked - first - ((late & -late).bit_length() - 1)
+                wanted = min(overtaken + 1, 2 * self.packet_threshold, MAX_PACKET_THRESHOLD)
+                if wanted > self.packet_threshold:
+                    self.packet_threshold = wanted
+                else:
+                    self.rtt.time_threshold = min(2 * self.rtt.time_threshold - 1, MAX_TIME_THRESHOLD)
+            if bits != late:
+                keep.append((first, bits ^ late, at))
+        self._declared = keep
+        if self._saved is not None and not keep:
+            self.congestion.restore(self._saved)
+            self._saved = None
 
     def _grow(self, arrived: list[tuple[int, float]], now: float) -> None:
         """Tell congestion control of bytes and when they were sent, in one word."""
@@ -355,7 +410,7 @@ class Recovery:
             if sent.time + delay > now:  # not now - delay: the timer must find the same sum
                 if sent.left & ((1 << min(below, sent.count)) - 1):
                     self._loss_at = min(self._loss_at or float("inf"), sent.time + delay)
-                below -= K_PACKET_THRESHOLD - 1
+                below -= self.packet_threshold - 1
             bits = sent.left & ((1 << min(max(below, 0), sent.count)) - 1)
             if bits:
                 sent.left ^= bits
@@ -376,6 +431,7 @@ class Recovery:
                 lost += size
                 if sent.time > start:
                     unknown += size
+                self._declare(sent.first, bits, now)
                 newest = sent.time
                 if after < sent.time < before:
                     oldest = sent.time if oldest < 0.0 else oldest
@@ -390,6 +446,7 @@ class Recovery:
         self.congestion.on_congestion(newest, now, unknown)
         if self.rtt.sampled and latest - oldest > self.rtt.pto() * K_PERSISTENT_CONGESTION_THRESHOLD:
             self.congestion.on_persistent_congestion()
+            self._saved = None
 
     def next_timeout(self) -> float | None:
         """When `on_timeout` is to be called."""
@@ -423,6 +480,7 @@ class Recovery:
         self.sent.clear()
         self.in_flight = 0
         self._loss_at = None
+        self._declared = ()
 
 
 def _covered(sent: Sent, ranges: list[tuple[int, int]], at: int) -> int:
@@ -439,4 +497,16 @@ def _covered(sent: Sent, ranges: list[tuple[int, int]], at: int) -> int:
         if at < 0:
             break
         low, high = ranges[at]
+    return bits
+
+
+def _numbers(first: int, count: int, ranges: list[tuple[int, int]]) -> int:
+    """As `_covered`, of any numbers and from the highest range on."""
+    bits, stop = 0, first + count
+    for low, high in ranges:
+        if high <= first:
+            break
+        low, high = max(low, first), min(high, stop)
+        if low < high:
+            bits |= (1 << (high - low)) - 1 << (low - first)
     return bits

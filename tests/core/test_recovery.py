@@ -10,6 +10,7 @@ from stp.core.congestion import NewReno
 from stp.core.recovery import (
     K_GRANULARITY,
     K_INITIAL_RTT,
+    MAX_DECLARED,
     MAX_PROBE_INTERVAL,
     PROBE_PACKETS,
     Recovery,
@@ -292,6 +293,105 @@ def test_a_packet_that_arrived_between_rules_persistent_congestion_out() -> None
     rec.on_ack([(6, 7)], 0.0, 2.2)
     rec.on_ack([(11, 12), (6, 7)], 0.0, 2.2)
     assert rec.congestion.cwnd > 2400
+
+
+# -- what was only overtaken
+
+
+def test_the_packet_threshold_grows_by_what_was_overtaken() -> None:
+    """RFC 9002 §6.1.1, R-6-1: five packets overtook 0, so the next time five do no harm; the sixth would."""
+    rec, owner = recovery(0.1), Owner()
+    for n in range(20):
+        send(rec, owner, n, 1.0)
+    rec.on_ack([(1, 6)], 0.0, 1.05)
+    assert (owner.lost, rec.spurious) == ([0], 0)
+    rec.on_ack([(0, 6)], 0.0, 1.06)  # nothing new but the late one
+    assert (rec.spurious, rec.packet_threshold) == (1, 6)
+    rec.on_ack([(7, 12), (0, 6)], 0.0, 1.07)
+    assert owner.lost == [0]
+    rec.on_ack([(7, 13), (0, 6)], 0.0, 1.08)
+    assert owner.lost == [0, 6]
+    rec.on_ack([(0, 13)], 0.0, 1.09)
+    assert rec.packet_threshold == 7
+
+
+@pytest.mark.parametrize(("overtaken", "threshold"), [(4, 5), (5, 6), (12, 6)])
+def test_the_packet_threshold_at_most_doubles(overtaken: int, threshold: int) -> None:
+    rec, owner = recovery(0.1), Owner()
+    rec.on_sent(burst(owner, 0, 54, 1.0))
+    rec.on_ack([(1, overtaken + 1)], 0.0, 1.05)
+    rec.on_ack([(0, overtaken + 1)], 0.0, 1.06)
+    assert rec.packet_threshold == threshold
+
+
+def test_the_packet_threshold_ends_at_64() -> None:
+    rec, owner = recovery(0.1), Owner()
+    rec.rtt.on_sample(10.0, 0.0)  # time is no matter
+    for n in range(8):
+        rec.on_sent(burst(owner, 100 * n, 100, 1.0 + n))
+        rec.on_ack([(100 * n + 1, 100 * n + 100), (0, 100 * n)], 0.0, 1.05 + n)
+        rec.on_ack([(0, 100 * n + 100)], 0.0, 1.06 + n)
+    assert rec.packet_threshold == 64
+
+
+def test_the_time_threshold_grows_where_time_was_too_short() -> None:
+    """RFC 9002 §6.1.2: 9/8, 10/8, 12/8 round trips, then two."""
+    rec, owner = recovery(0.1), Owner()
+    found = []
+    for n in range(5):
+        for pn in (2 * n, 2 * n + 1):
+            send(rec, owner, pn, 1.0 + n)
+        rec.on_ack([(2 * n + 1, 2 * n + 2), (0, 2 * n)] if n else [(1, 2)], 0.0, 1.1 + n)
+        rec.on_timeout(1.5 + n)
+        rec.on_ack([(0, 2 * n + 2)], 0.0, 1.501 + n)
+        found.append(rec.rtt.time_threshold)
+    assert found == [10 / 8, 12 / 8, 2.0, 2.0, 2.0]
+    assert rec.packet_threshold == 3
+
+
+def overtaken_and_lost(*late: tuple[int, int]) -> tuple[int, int, bool]:
+    """Packets 0 and 1 are declared lost at 1.05; then these ranges are acknowledged, too. (Reduced window, window
+    then, slow start then).
+    """
+    rec, owner = recovery(0.1), Owner()
+    for n in range(8):
+        send(rec, owner, n, 1.0)
+    rec.on_ack([(2, 8)], 0.0, 1.05)
+    reduced = rec.congestion.cwnd
+    for n, ranges in enumerate(late):
+        rec.on_ack([(2, 8), ranges] if ranges[1] < 2 else [(ranges[0], 8)], 0.0, 1.06 + 0.2 * n)
+    return reduced, rec.congestion.cwnd, rec.congestion.slow_start
+
+
+def test_a_window_that_was_reduced_for_nothing_is_given_back() -> None:
+    """RFC 9438 §4.9, R-6-2: when all came after all, at once or one by one, not when one of them did."""
+    assert overtaken_and_lost((0, 2)) == (6000, 12_000, True)
+    assert overtaken_and_lost((0, 1)) == (6000, 6000, False)
+    assert overtaken_and_lost((0, 1), (0, 2)) == (6000, 6000, False)  # more than a round trip later
+
+
+def test_many_losses_are_no_mistake() -> None:
+    """Memory is bounded: of 39 in pieces the first 7 are forgotten, so nobody knows whether all came."""
+    rec, owner = recovery(0.1), Owner()
+    for n in range(81):
+        send(rec, owner, n, 1.0)
+    rec.on_ack([(n, n + 1) for n in range(80, -1, -2)], 0.0, 1.04)
+    assert (rec.lost_packets, len(rec._declared)) == (39, MAX_DECLARED)
+    rec.on_ack([(0, 81)], 0.0, 1.05)
+    assert (rec.congestion.cwnd, rec._declared, rec.spurious) == (6000, [], MAX_DECLARED)
+
+
+def test_another_path_knows_nothing_of_what_was_overtaken_here() -> None:
+    rec, owner = recovery(0.1), Owner()
+    rec.on_sent(burst(owner, 0, 20, 1.0))
+    rec.on_ack([(1, 6)], 0.0, 1.05)
+    rec.on_ack([(0, 6)], 0.0, 1.06)
+    rec.on_ack([(7, 20), (0, 6)], 0.0, 1.07)
+    rec.move(20, RttEstimator(0.1), NewReno(1200), rec.sizer)
+    assert rec.packet_threshold == 3
+    rec.congestion.cwnd = 5000
+    rec.on_ack([(0, 20)], 0.0, 1.08)
+    assert rec.congestion.cwnd == 5000
 
 
 # -- probes

@@ -98,6 +98,14 @@ def test_fault_07_goodput_at_ten_percent_loss() -> None:
     assert 2 * goodput(7, 0.03, 0.1, MIB, congestion="cubic") <= found <= 0.4
 
 
+@pytest.mark.parametrize("congestion", ["tolerant", "cubic"])
+def test_fault_05_reordering_costs_no_goodput(congestion: str) -> None:
+    """Up to 20 ms out of order at 30 ms, nothing lost: what is only overtaken is soon not taken for lost, and
+    the window that it cost is given back (R-6-1, R-6-2).
+    """
+    assert goodput(5, 0.03, 0.0, 3 * MIB, congestion=congestion, jitter=0.02) >= 0.75
+
+
 @pytest.mark.parametrize(("rtt", "loss"), [(0.03, 0.02), (0.06, 0.005)])
 def test_fault_07_cubic_has_what_the_law_gives(rtt: float, loss: float) -> None:
     """No stall, no reduction too many: at least five sixths of what the law gives."""
