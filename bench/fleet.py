@@ -21,6 +21,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -28,7 +29,7 @@ from typing import Any, Final
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from stp.identity import Upstream, network_key_pem, upstream_pem
-from stpd.pki import CertificateAuthority, certificate_pem, private_pem
+from stpd.pki import NODE_LIFETIME, CertificateAuthority, certificate_pem, private_pem
 
 DOMAIN: Final = "bench.local"
 START_TIMEOUT: Final = 20.0
@@ -171,7 +172,7 @@ class Fleet:
         self.directory = directory
         self.directory.mkdir(parents=True, exist_ok=True)
         self.nodes: list[Node] = []
-        self._ca = CertificateAuthority.create(DOMAIN)
+        self.ca = CertificateAuthority.create(DOMAIN)
         self._network_key = os.urandom(32)
 
     def hub(self, name: str = "hub-1", extra: str = "") -> Node:
@@ -185,13 +186,20 @@ class Fleet:
         path = self.directory / f"{name}.pem"
         return path if path.exists() else self.issue(name, "device", path, upstream)
 
-    def issue(self, name: str, role: str, path: Path, upstream: Node | None) -> Path:
+    def issue(
+        self,
+        name: str,
+        role: str,
+        path: Path,
+        upstream: Node | None,
+        lifetime: timedelta = NODE_LIFETIME,
+    ) -> Path:
         key = ec.generate_private_key(ec.SECP256R1())
-        leaf = self._ca.issue(key.public_key(), DOMAIN, name, answers=role != "device")
+        leaf = self.ca.issue(key.public_key(), DOMAIN, name, answers=role != "device", lifetime=lifetime)
         parts = [
             private_pem(key).decode(),
             certificate_pem(leaf),
-            self._ca.pem,
+            self.ca.pem,
             network_key_pem(self._network_key),
         ]
         if upstream is not None:
@@ -208,8 +216,8 @@ class Fleet:
         if not bundle.exists():
             contexts.mkdir(parents=True)
             key = ec.generate_private_key(ec.SECP256R1())
-            leaf = self._ca.issue_operator(key.public_key(), DOMAIN, "tester", "operator")
-            bundle.write_text(private_pem(key).decode() + certificate_pem(leaf) + self._ca.pem)
+            leaf = self.ca.issue_operator(key.public_key(), DOMAIN, "tester", "operator")
+            bundle.write_text(private_pem(key).decode() + certificate_pem(leaf) + self.ca.pem)
             bundle.chmod(0o600)
         context = {
             "name": node.name,

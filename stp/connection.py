@@ -54,6 +54,9 @@ RENEWAL_CHECK: Final = 10.0
 """Seconds between looks at the session's age and at the identity's files."""
 RENEWAL_RETRY: Final = 60.0
 """Seconds until the next attempt when a fresh session could not be had."""
+YOUNG: Final = 10.0
+KNOWN_TIMEOUT: Final = 1.0
+"""Seconds: a session younger than the first waits, up to the second, for its HELLO to arrive before it is left."""
 SETTLE_TIMEOUT: Final = 600.0
 """Seconds that a session may take to settle beside its successor: the application may take records slowly."""
 
@@ -137,6 +140,8 @@ class Line:
     """The peer's HELLO has come, or it ended before."""
     ended: trio.Event = Factory(trio.Event)
     closed: LinkClosed | None = None
+    up_at: float = math.inf
+    """When the peer's HELLO came."""
     renew_at: float = math.inf
     """When another is dialled beside it (R-9-4)."""
     settle_by: float = math.inf
@@ -390,8 +395,7 @@ class Connection:
         was. A caller that is cancelled gives the attempt up. Raises OSError when it could not begin.
         """
         async with self._beside_lock:
-            while self._may_move() and self._line is not None and self._line.link.unacknowledged_control:  # noqa: ASYNC110
-                await trio.sleep(CLOSE_POLL)  # until the peer knows the session that is to be continued
+            await self._until_known()
             if not self._may_move():
                 return False
             line = await self._open(dial or self.dial_udp, self._line)
@@ -409,6 +413,14 @@ class Connection:
                     line.carrier.wake()
                     line.ended.set()
             return line.closed is None
+
+    async def _until_known(self) -> None:
+        """A session that is to be continued must be known to the peer: its HELLO may be under way yet."""
+        line = self._line
+        if line is not None and trio.current_time() - line.up_at < YOUNG:
+            with trio.move_on_after(KNOWN_TIMEOUT):
+                while line.closed is None and line.link.unacknowledged_control:  # noqa: ASYNC110 - makes no event
+                    await trio.sleep(CLOSE_POLL)
 
     def _may_move(self) -> bool:
         return self.link is not None and self._line is not None and not self._closing
@@ -435,8 +447,10 @@ class Connection:
             line.carrier.wake()
 
     def _set_age(self, line: Line) -> None:
-        wait = renew_in(self._rehandshake, self._expiry.left(line.link), random.random())
-        line.renew_at = trio.current_time() + wait
+        line.up_at = trio.current_time()
+        line.renew_at = line.up_at + renew_in(
+            self._rehandshake, self._expiry.left(line.link), random.random()
+        )
 
     async def _keep_fresh(self) -> None:
         """A fresh handshake by age, and when our certificate was renewed (R-9-4)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import datetime
 from typing import Final
 
 from stp.identity import kernel_synchronised
@@ -70,6 +71,10 @@ class Expiry:
         """Has the peer's certificate ended?"""
         left = self.left(link)
         return left is not None and left <= 0
+
+    def passed(self, not_after: datetime) -> bool:
+        """Is it known that this moment has passed? For a certificate that is shown now."""
+        return self._trust(self._boot()) and self._clock() >= not_after.timestamp()
 
     def _trust(self, now: float) -> bool:
         if now - self._looked >= CLOCK_CHECK:

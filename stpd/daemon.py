@@ -411,6 +411,8 @@ class Daemon:
             return f"domain {peer.domain} is not {self.identity.domain}"
         if self.registry.is_revoked(peer.serial):
             raise HandshakeRefused("this certificate was revoked", ErrorCode.REVOKED)
+        if self.expiry.passed(peer.not_after):  # TLS judges by the time its context was made
+            raise HandshakeRefused("this certificate has expired", ErrorCode.EXPIRED)
         if self.draining:
             return "this node is going away"
         if len(self.sessions.peers) >= self.config.limits.sessions > 0:

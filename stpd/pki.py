@@ -98,13 +98,19 @@ class CertificateAuthority:
         return certificate_pem(self.certificate)
 
     def issue(
-        self, key: ec.EllipticCurvePublicKey, domain: str, node: str, *, answers: bool
+        self,
+        key: ec.EllipticCurvePublicKey,
+        domain: str,
+        node: str,
+        *,
+        answers: bool,
+        lifetime: timedelta = NODE_LIFETIME,
     ) -> x509.Certificate:
         """A leaf with the URI SAN stp://<domain>/<node>; (2), (3). `answers`: good for servers, too."""
         purposes = [ExtendedKeyUsageOID.CLIENT_AUTH]
         if answers:
             purposes.append(ExtendedKeyUsageOID.SERVER_AUTH)
-        return self._leaf(key, node, f"stp://{domain}/{node}", purposes, NODE_LIFETIME)
+        return self._leaf(key, node, f"stp://{domain}/{node}", purposes, lifetime)
 
     def issue_operator(
         self, key: ec.EllipticCurvePublicKey, domain: str, name: str, role: str

@@ -55,6 +55,10 @@ REPORT_INTERVAL: Final = 5.0
 STEADY: Final = 5.0
 """Seconds a session must have lasted for the wait to start small again."""
 
+YOUNG: Final = 10.0
+KNOWN_TIMEOUT: Final = 1.0
+"""Seconds: a session younger than the first waits, up to the second, for its HELLO to arrive before it is left."""
+
 POLL: Final = 0.005
 """Seconds between looks at what makes no event."""
 
@@ -145,8 +149,10 @@ class Uplink:
         """Dialled while `peer` is up; takes over when its HELLO has come."""
         self._beside_ready = trio.Event()
         self._beside_lock = trio.Lock()
+        self._up_at = math.inf
         self._renew_at = math.inf
         self._news = trio.Event()
+        self._again = trio.Event()
         self._closed = trio.Event()
         self._slot_s = 0.0
         self._behind_since_ms = 0
@@ -185,7 +191,9 @@ class Uplink:
             self._current = (self._current + 1) % len(self.targets) if self.attempts else 0
             self._enter("refused" if refused else "waiting")
             self.next_attempt_ms = self._wall_ms() + round(delay * 1000)
-            await trio.sleep(delay)
+            self._again = trio.Event()
+            with trio.move_on_after(delay):
+                await self._again.wait()
 
     async def _attempt(self, target: Target) -> bool:
         """One session, from dialling to its end. True when it was refused."""
@@ -238,8 +246,7 @@ class Uplink:
         was. A caller that is cancelled gives the attempt up. Raises OSError when it could not begin.
         """
         async with self._beside_lock:
-            while self._may_move() and self.peer is not None and self.peer.link.unacknowledged_control:  # noqa: ASYNC110
-                await trio.sleep(POLL)  # until the upstream knows the session that is to be continued
+            await self._until_known()
             if not self._may_move() or self._address is None:
                 return False
             target = self.targets[self._current]
@@ -257,12 +264,21 @@ class Uplink:
                     beside.link.close(ErrorCode.NO_ERROR, "", trio.current_time())
             return self.peer is beside
 
+    async def _until_known(self) -> None:
+        """A session that is to be continued must be known to the upstream: our HELLO may be under way yet."""
+        peer = self.peer
+        if peer is not None and trio.current_time() - self._up_at < YOUNG:
+            with trio.move_on_after(KNOWN_TIMEOUT):
+                while peer.link.closed is None and peer.link.unacknowledged_control:  # noqa: ASYNC110
+                    await trio.sleep(POLL)
+
     def _may_move(self) -> bool:
         return self.state == "connected" and self.peer is not None and not self.stopping
 
     def renewed(self) -> None:
-        """Our certificate was renewed: a fresh session shall show it."""
+        """Our certificate was renewed: a fresh session shall show it, and what was refused may be let in now."""
         self._renew(trio.current_time())
+        self._again.set()
 
     def _renew(self, at: float) -> None:
         self._renew_at = at
@@ -286,6 +302,7 @@ class Uplink:
                 self._renew_at = trio.current_time() + RENEWAL_RETRY * (0.5 + self._jitter() / 2)
 
     def _set_age(self, peer: Peer) -> None:
+        self._up_at = trio.current_time()
         wait = renew_in(self._rehandshake(), self._left(peer.link), self._jitter())
         self._renew(trio.current_time() + wait)
 

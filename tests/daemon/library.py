@@ -17,11 +17,12 @@ from typing import Any
 import trio
 
 from stp.client import Client
-from stp.connection import Carrier, Connection
+from stp.connection import Carrier, Connection, Dial
 from stp.core.verbs import AnySession
 from stp.outbox import Refused
 from tests.daemon.world import Keeper, World
 from tests.identity_kit import shared
+from tests.sim import Host
 
 COUNTER = struct.Struct("!Q")
 
@@ -43,7 +44,8 @@ class NoSocket:
 class Library:
     """One process of the library: a client, its connections, and what came to it."""
 
-    def __init__(self, world: World, name: str, keeper: Keeper) -> None:
+    def __init__(self, world: World, name: str, keeper: Keeper, **options: Any) -> None:
+        """*options*: further ones of `stp.connect`."""
         self.world, self.name, self.keeper = world, name, keeper
         self.host = world.net.dialler(name, addr=(f"10.2.{len(world.libraries)}.1", 5000))
         self.host.on_ready = self._on_ready
@@ -63,6 +65,7 @@ class Library:
             compress=False,
             on_refused=self.refused.append,
             kind="client",
+            **options,
         )
         dialler = self.client._dialler
         make = dialler.connection
@@ -79,10 +82,18 @@ class Library:
     async def _dial(
         self, on_ready: Callable[[AnySession], None], failures: int = 0
     ) -> tuple[AnySession, Carrier]:
-        self.dials += 1
-        session = self.host.connect(self.keeper.host)
-        self._hear[session] = on_ready
-        return session, NoSocket()
+        return await self.dial_to(self.keeper.host)(on_ready)
+
+    def dial_to(self, to: Host, *, by: Host | None = None) -> Dial:
+        """A way to another listener, or from another address; whoever answers must be our keeper."""
+
+        async def dial(on_ready: Callable[[AnySession], None]) -> tuple[AnySession, Carrier]:
+            self.dials += 1
+            session = (by or self.host).connect(to, node=self.keeper.name)
+            self._hear[session] = on_ready
+            return session, NoSocket()
+
+        return dial
 
     def _on_ready(self, session: Any) -> None:
         self._hear[session](session)

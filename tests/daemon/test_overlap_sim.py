@@ -6,11 +6,13 @@ import random
 from pathlib import Path
 
 import pytest
+import trio
 import trio.testing
 
 from stpd.schema import BUILT_IN_CLASSES, ClassConfig
 from tests.daemon.library import Library
 from tests.daemon.world import World
+from tests.identity_kit import shared
 
 LIVE = ClassConfig(name="live", filters=("live/#",), lane=3, durability="memory")
 CLASSES = (LIVE, *BUILT_IN_CLASSES)
@@ -83,7 +85,8 @@ async def all_sessions_overlap(path: Path, seed: int, *, rounds: int, messages: 
         world.check()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
 async def test_overlaps_lose_double_and_reorder_nothing(
     tmp_path: Path, mock_clock: trio.testing.MockClock, seed: int
 ) -> None:
@@ -97,3 +100,101 @@ async def test_many_overlaps_lose_double_and_reorder_nothing(
     tmp_path: Path, mock_clock: trio.testing.MockClock, seed: int
 ) -> None:
     await all_sessions_overlap(tmp_path, seed, rounds=12, messages=200)
+
+
+@pytest.mark.slow
+async def test_sessions_are_replaced_by_age_and_when_a_certificate_was_renewed(
+    tmp_path: Path, mock_clock: trio.testing.MockClock
+) -> None:
+    """R-9-4: by themselves, in the library and in the uplink; nobody hears of an outage."""
+    async with World(tmp_path, seed=21, loss=0.02, jitter=0.01) as world:
+        hub = await world.hub()
+        edge = await world.gateway("edge-1", hub)
+        device = Library(world, "sensor-1", edge, rehandshake=15.0)
+        reader = Library(world, "reader-1", hub)
+        world.nursery.start_soon(reader.read, "site/#")
+        uplink = edge.uplink
+        assert uplink is not None
+        uplink._rehandshake = lambda: 15.0
+        await world.run(
+            lambda: device.client.connected and uplink.state == "connected" and reader.ready, limit=30
+        )
+        world.nursery.start_soon(lambda: device.publish("site/t", 70, every=0.5))
+        await world.run(lambda: len(reader.arrived["site/t"]) == 70, limit=50)
+        (connection,) = device.connections
+        assert connection.stats.moves == 1  # 35 s; after 15 s ± 10 %, seen at the next look, 10 s apart
+        assert hub.sessions.stats.moved == 2
+        assert reader.connections[0].stats.moves == 0
+        connection._contexts.identity = shared().identity("sensor-1")
+        uplink.renewed()
+        await world.run(lambda: connection.stats.moves == 2 and hub.sessions.stats.moved == 3, limit=25)
+        assert connection.stats.lost == 0
+        reader.check(t=70)
+        world.check()
+
+
+async def test_a_session_that_cannot_be_replaced_stands(
+    tmp_path: Path, mock_clock: trio.testing.MockClock
+) -> None:
+    """dial_beside says False, and nothing has changed; a caller that gives up leaves nothing behind."""
+    async with World(tmp_path, seed=22) as world:
+        hub = await world.hub()
+        device = Library(world, "sensor-1", hub)
+        await world.run(lambda: device.client.connected, limit=10)
+        (connection,) = device.connections
+        was = connection.link
+        stranger = world.net.listener("edge-1", addr=("10.9.9.9", 9000))
+        found: list[bool] = []
+
+        async def wrong() -> None:
+            found.append(await connection.dial_beside(device.dial_to(stranger)))
+
+        world.nursery.start_soon(wrong)
+        await world.run(lambda: bool(found), limit=20)
+        assert found == [False]
+
+        async def give_up() -> None:
+            with trio.move_on_after(0.015) as scope:
+                await connection.dial_beside()
+            found.append(scope.cancelled_caught)
+
+        world.nursery.start_soon(give_up)
+        await world.run(lambda: len(found) == 2, limit=20)
+        assert found[1]
+        await world.run_for(2.0)
+        assert connection.link is was
+        assert connection.stats.moves == connection.stats.lost == 0
+        world.nursery.start_soon(device.publish, "site/t", 1)
+        await world.run(lambda: hub.store.last(3) == 1, limit=5)
+
+
+async def test_what_an_old_session_left_unanswered_goes_to_the_new_one(
+    tmp_path: Path, mock_clock: trio.testing.MockClock
+) -> None:
+    """outbox (6), moving (3): the old path dies in the middle of the move; what it swallowed is sent again."""
+    async with World(tmp_path, seed=23) as world:
+        hub = await world.hub()
+        edge = await world.gateway("edge-1", hub)
+        device = Library(world, "sensor-1", edge)
+        reader = Library(world, "reader-1", edge)
+        world.nursery.start_soon(lambda: reader.read("site/#", durable="r"))
+        await world.run(lambda: device.ready and reader.ready, limit=10)
+        other = world.net.dialler("sensor-1", addr=("10.3.0.1", 5000))
+        other.on_ready = device._on_ready
+        for link in world.net.both(device.host, edge.host):
+            link.loss = 1.0
+        world.nursery.start_soon(device.publish, "site/t", 20)
+        moved: list[bool] = []
+
+        async def move() -> None:
+            (connection,) = device.connections
+            moved.append(await connection.dial_beside(device.dial_to(edge.host, by=other)))
+
+        world.nursery.start_soon(move)
+        await world.run(lambda: moved == [True], limit=10)
+        assert device.connections[0].stats.lost == 0
+        await world.run(lambda: len(reader.arrived["site/t"]) == 20, limit=60)
+        assert device.settling == 0
+        assert device.connections[0].stats.lost == 0
+        reader.check(t=20)
+        world.check()
