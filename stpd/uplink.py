@@ -147,12 +147,9 @@ class Uplink:
         self._address: tuple[str, int] | None = None
         self._beside: Peer | None = None
         """Dialled while `peer` is up; takes over when its HELLO has come."""
-        self._beside_ready = trio.Event()
-        self._beside_lock = trio.Lock()
-        self._up_at = math.inf
-        self._renew_at = math.inf
-        self._news = trio.Event()
-        self._again = trio.Event()
+        self._beside_ready, self._beside_lock = trio.Event(), trio.Lock()
+        self._up_at = self._renew_at = math.inf
+        self._news, self._again = trio.Event(), trio.Event()
         self._closed = trio.Event()
         self._slot_s = 0.0
         self._behind_since_ms = 0
