@@ -373,7 +373,7 @@ class Client:
         due = self._publisher.due
         if due < self._timer.deadline:
             self._timer.deadline = due
-        self._connection.wake()
+        self._connection.send_now()
 
     def _on_refused(self, refused: Refused, awaited: bool) -> None:
         self._refused_messages += refused.messages

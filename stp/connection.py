@@ -99,6 +99,7 @@ class Carrier(Protocol):
     """What moves the bytes of one session: UdpCarrier, TlsCarrier."""
 
     def wake(self) -> None: ...
+    def send_now(self) -> None: ...
     def close(self) -> None: ...
     async def run(self, *, task_status: trio.TaskStatus[None] = ...) -> None: ...
 
@@ -255,6 +256,13 @@ class Connection:
             self._line.carrier.wake()
         for line in self._older:
             line.carrier.wake()
+
+    def send_now(self) -> None:
+        """As `wake`, where nothing more follows at once: it leaves before this returns."""
+        if self._line is not None:
+            self._line.carrier.send_now()
+        for line in self._older:
+            line.carrier.send_now()
 
     def statistics(self) -> ConnectionStatistics:
         """A snapshot."""

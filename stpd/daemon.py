@@ -22,7 +22,9 @@ import structlog
 import trio
 
 from stp.batch import node_id
+from stp.carriers.tls import TlsListener
 from stp.carriers.udp import LOOPBACK_DATAGRAM, UdpCarrier, sizes_for
+from stp.carriers.unix import UnixListener
 from stp.control import Hello
 from stp.core.endpoint import Endpoint, EndpointConfig
 from stp.core.errors import ErrorCode, HandshakeRefused
@@ -112,6 +114,7 @@ class Daemon:
         self.doors = StreamDoors(self)
         self._endpoints: list[Endpoint] = []
         self._endpoint_configs: list[EndpointConfig] = []
+        self._in_turn = False
         self._stop = trio.Event()
         self._stop_code = ErrorCode.RESTARTING
         self._waiting_since: float | None = None
@@ -160,12 +163,25 @@ class Daemon:
         return list(self._endpoints)
 
     def wake(self) -> None:
-        for carrier in (*self._carriers, *self._dialers.values(), *self.doors.listeners):
+        for carrier in () if self._in_turn else self._movers():
             carrier.wake()
 
     def send(self) -> None:
-        for carrier in (*self._carriers, *self._dialers.values(), *self.doors.listeners):
+        for carrier in () if self._in_turn else self._movers():
             carrier.send_now()
+
+    def _movers(self) -> list[UdpCarrier | TlsListener | UnixListener]:
+        return [*self._carriers, *self._dialers.values(), *self.doors.listeners]
+
+    def _turn_begins(self) -> None:
+        self._in_turn = True
+        self.store.turn_begins()
+
+    def _turn_ends(self) -> None:
+        """What one socket brought is committed, and leaves by all of them, without another turn of the event loop."""
+        self.store.turn_ends()
+        self._in_turn = False
+        self.send()
 
     # -- life
 
@@ -296,6 +312,7 @@ class Daemon:
                 f"cannot listen on UDP {host}:{port}: {error.strerror or error}",
                 "another stpd runs there, or the address is not this machine's: see listen.udp",
             ) from error
+        carrier.turn_begins, carrier.turn_ends = self._turn_begins, self._turn_ends
         self._endpoints.append(endpoint)
         self._endpoint_configs.append(config)
         return carrier

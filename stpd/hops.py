@@ -299,7 +299,9 @@ class Feed:
             self._send_void(lane, state, item)
             return
         record = item.record
-        head = read_record(record)
+        head = item.head
+        if head is None:
+            head = item.head = read_record(record)
         if item.pos in state.set_aside:
             self._cover(lane, state, item, head, VoidReason.QUARANTINED)
             return

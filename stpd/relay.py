@@ -48,6 +48,8 @@ class Door:
     messages_in: int = 0
     records_in: int = 0
     refused: int = 0
+    undecided: int = 0
+    """Records that the store has not decided yet."""
 
 
 @define
@@ -68,10 +70,10 @@ class RelayStatistics:
 
 @define
 class _Waiter:
-    """Places first..last of a link's lane are in custody once *pos* is."""
+    """Places first..last of a door's lane are in custody once *pos* is."""
 
     pos: int
-    link: Link
+    door: Door
     first: int
     last: int
 
@@ -155,6 +157,7 @@ class Relay:
         if klass.memory and head.kind != VOID:
             self._pass_on(door, event, klass)
             return
+        door.undecided += 1
         self.store.append(
             Append(
                 lane=event.lane,
@@ -221,6 +224,7 @@ class Relay:
     def _decided(self, door: Door, event: RecordReceived, klass: MessageClass, outcome: Outcome) -> None:
         """The store's word on one record; the door hears it."""
         link, lane, place = door.link, event.lane, event.place
+        door.undecided -= 1
         self._dirty[id(link)] = link
         kind = outcome.kind
         if kind is OutcomeKind.STORED or kind is OutcomeKind.REPEAT:
@@ -231,7 +235,7 @@ class Relay:
             routed = not door.upstream and self.custody_route(klass.name)
             link.settle(lane, place, custody=not routed)
             if routed and link.closed is None:
-                self._wait(lane, outcome.pos, link, place)
+                self._wait(lane, outcome.pos, door, place)
             return
         door.refused += 1
         code, retry_ms, reason = _refusal(outcome)
@@ -298,35 +302,40 @@ class Relay:
 
     # -- custody
 
-    def _wait(self, lane: int, pos: int, link: Link, place: int) -> None:
+    def _wait(self, lane: int, pos: int, door: Door, place: int) -> None:
         waiters = self._waiters[lane]
         if len(waiters) >= WAITERS_LIMIT:
             self._waiters[lane] = waiters = self._merged(waiters)
-        waiters.append(_Waiter(pos, link, place, place))
+        waiters.append(_Waiter(pos, door, place, place))
 
     def _merged(self, waiters: deque[_Waiter]) -> deque[_Waiter]:
         """Promise (4): one entry per link that still lives, at its highest position."""
-        by_link: dict[int, _Waiter] = {}
+        by_door: dict[int, _Waiter] = {}
         for one in waiters:
-            if one.link.closed is not None:
+            if one.door.link.closed is not None:
                 continue
-            known = by_link.get(id(one.link))
+            known = by_door.get(id(one.door))
             if known is None:
-                by_link[id(one.link)] = one
+                by_door[id(one.door)] = one
             else:
                 known.pos, known.last = max(known.pos, one.pos), max(known.last, one.last)
-        self.stats.waiters_merged += len(waiters) - len(by_link)
-        return deque(sorted(by_link.values(), key=lambda one: one.pos))
+        self.stats.waiters_merged += len(waiters) - len(by_door)
+        return deque(sorted(by_door.values(), key=lambda one: one.pos))
 
     def on_custody(self, lane: int, pos: int) -> None:
-        """The custody route has everything up to *pos* of *lane*: whoever waited is told (2, R-10-36)."""
+        """The custody route has everything up to *pos* of *lane*: whoever waited is told (2).
+
+        Who has records at the store hears of it with what becomes of those, in one receipt: soon enough.
+        """
         waiters = self._waiters[lane]
         while waiters and waiters[0].pos <= pos:
             one = waiters.popleft()
-            if one.link.closed is None:
+            link = one.door.link
+            if link.closed is None:
                 for place in range(one.first, one.last + 1):
-                    one.link.in_custody(lane, place)
-                self._dirty[id(one.link)] = one.link
+                    link.in_custody(lane, place)
+                if not one.door.undecided:
+                    self._dirty[id(link)] = link
 
     def waiting_for_custody(self) -> int:
         """Entries that wait for the custody route."""

@@ -135,6 +135,9 @@ class UdpCarrier:
         *,
         movable: bool = False,
     ) -> None:
+        self.turn_begins: Callable[[], None] = _nothing
+        self.turn_ends: Callable[[], None] = _nothing
+        """Called around the `on_ready` calls of one wake-up; what the last one queues leaves with the rest."""
         self._sock = sock
         self._movable = movable
         self._reading = trio.CancelScope()
@@ -295,10 +298,14 @@ class UdpCarrier:
             endpoint.handle_timeout(now)
         if self._movable:
             self._move(now)
-        self._in_turn = True
-        for session in endpoint.take_ready():
-            self._on_ready(session)
-        self._in_turn = False
+        ready = endpoint.take_ready()
+        if ready:
+            self._in_turn = True
+            self.turn_begins()
+            for session in ready:
+                self._on_ready(session)
+            self.turn_ends()
+            self._in_turn = False
         if not self._closed:
             self._flush(trio.current_time())
         if endpoint.has_news:
@@ -499,6 +506,10 @@ def _source(address: Address) -> str:
             return str(sock.getsockname()[0])
     except OSError:
         return ""
+
+
+def _nothing() -> None:
+    """What most owners want of the beginning and the end of a turn."""
 
 
 def _ip_address(found: tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]) -> Address:

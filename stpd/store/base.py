@@ -122,6 +122,8 @@ class Stored:
     damaged: bool = False
     """The row was damaged on disk: `record` is a void (reason quarantined) in its place, promise (4). If not
     even its number can be told, `number` is 0 and `record` is b"": nothing can be sent, advance over it."""
+    head: RecordHead | None = None
+    """Of `record`, where somebody has read it already."""
 
 
 @define
@@ -202,6 +204,8 @@ class StoreStatistics:
     """Plain counters since the store was opened, and gauges of its queues."""
 
     commits: int = 0
+    commits_here: int = 0
+    """Of `commits`, those that the trio thread made itself: little data, and a disk that is fast."""
     commit_failures: int = 0
     commit_seconds: float = 0.0
     commit_seconds_max: float = 0.0
@@ -239,7 +243,8 @@ class StoreStatistics:
 
 
 class Store(Protocol):
-    """Every synchronous method is called in the trio thread, never blocks and never touches the disk."""
+    """Every synchronous method is called in the trio thread, never blocks and, `turn_ends` apart, never touches
+    the disk."""
 
     store_id: bytes
     """16 random bytes, made with the store: this node's own source."""
@@ -255,6 +260,13 @@ class Store(Protocol):
 
         Counts received, accepted, repeats and refused of the door (item.peer, class) and accepted (originated
         if peer is ""), stored of the node in the transaction of the data. Voids count no messages."""
+
+    def turn_begins(self) -> None:
+        """What is appended from now on is for one commit: `turn_ends` follows before anything is awaited."""
+
+    def turn_ends(self) -> None:
+        """Commit what the turn brought. It may be done before this returns, done() and on_commit() calls included,
+        where it is little and the disk has proved fast: then some milliseconds are gone at most."""
 
     async def flush(self) -> None:
         """Return when everything appended, advanced and counted so far is decided (committed or failed)."""

@@ -95,17 +95,20 @@ class Committer:
 
     # -- the transaction ------------------------------------------------------------------------------------
 
-    def commit(self, items: list[Append]) -> Result:
-        """Commit what is pending and the records, and say what became of them. Raises sqlite3.Error."""
+    def commit(self, items: list[Append], *, upkeep: bool = True) -> Result:
+        """Commit what is pending and the records, and say what became of them. Raises sqlite3.Error.
+
+        Without `upkeep` nothing is trimmed or forgotten on the way: somebody waits.
+        """
         try:
-            return self._transaction(items)
+            return self._transaction(items, upkeep)
         except sqlite3.DatabaseError as exc:
             if not self._trimming or exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_CORRUPT:
                 raise
             self._statistics.damage = f"trimming stopped: {exc}"  # data can still come and go
-            return self._transaction(items)
+            return self._transaction(items, upkeep)
 
-    def _transaction(self, items: list[Append]) -> Result:
+    def _transaction(self, items: list[Append], upkeep: bool) -> Result:
         log, now_ms, age = self.log, int(self._options.clock() * 1000), self._age()
         result = Result()
         self._trimming = False
@@ -115,8 +118,9 @@ class Committer:
             group = Group(log, self._options.own_source, now_ms)
             result.decided = group.decide(items)
             group.tally.write(self._conn)
-            trimmed = self._trim(now_ms)
-            self._forget(age, result)
+            trimmed = self._trim(now_ms) if upkeep else Trimmed()
+            if upkeep:
+                self._forget(age, result)
             if age - self._age_written >= AGE_INTERVAL or self.closing:
                 self._conn.execute("UPDATE meta SET value = ? WHERE key = 'age'", (age,))
                 self._age_written = age  # if this fails, it is the next minute's
@@ -197,6 +201,11 @@ class Committer:
         # While it is too early to trim again, a commit for that would be an empty one.
         self._later = now < self._trim_at and not self._trimmer.scarce(self.used)
         return not self._later and self._trimmer.due(self.used, int(self._options.clock() * 1000))
+
+    @property
+    def has_upkeep(self) -> bool:
+        """Is there something to do between commits that should not wait?"""
+        return self._more or self._wal_pages * PAGE_SIZE >= self._wal_limit
 
     @property
     def patience(self) -> float:

@@ -79,6 +79,7 @@ class SqliteStore:
         self._queued_bytes = 0
         self._queued_records = 0
         self._refusing = False
+        self._in_turn = False
         self._used = committer.used
         self._ended = trio.Event()
         self._closed = False
@@ -165,9 +166,19 @@ class SqliteStore:
         else:
             self._queued_bytes += size
             self._queued_records += 1
-            self._writer.put(item)
+            self._writer.put(item, wake=not self._in_turn)
             return
         self._refuse(item, OutcomeKind.FULL)
+
+    def turn_begins(self) -> None:
+        self._in_turn = True
+
+    def turn_ends(self) -> None:
+        self._in_turn = False
+        if self._queued_records:
+            done = self._writer.commit_here(self._queued_bytes)
+            if done is not None:
+                self._settle(*done)
 
     def _refuse(self, item: Append, kind: OutcomeKind) -> None:
         self._sums.refuse(item)
@@ -186,9 +197,13 @@ class SqliteStore:
         """In the writer thread: hand the trio thread what became of a commit."""
         result.degraded = self._writer.degraded
         try:
-            self._token.run_sync_soon(self._settle, result, flushes)
+            self._token.run_sync_soon(self._hear, result, flushes)
         except trio.RunFinishedError:
             pass  # nobody is left to tell; what is committed is committed
+
+    def _hear(self, result: Result, flushes: list[Flush]) -> None:
+        self._writer.on_heard()
+        self._settle(result, flushes)
 
     def _settle(self, result: Result, flushes: list[Flush]) -> None:
         """In the trio thread: take over the new state, then tell everybody, in that order."""

@@ -6,6 +6,9 @@ tells the trio thread with one call per commit, and only then does what nobody w
 (2) Changes (cursors, counts, hops) are never failed: they wait for a commit that succeeds. While the disk refuses
     data they are tried on their own, once a second, with the reserve released (promise 5).
 (3) An error that is not the disk's ends the thread, and `fault` says so: a defect must not look like weather.
+(4) Turns never overlap (`_busy`), and what they decided is heard in their order, also where the trio thread takes
+    a turn itself (`commit_here`): it does so for little data on a disk that has proved fast, for then two changes
+    of thread cost more than the commit.
 """
 
 from __future__ import annotations
@@ -30,6 +33,17 @@ CHANGES_DELAY: Final = 0.05
 
 PROBE_INTERVAL: Final = 1.0
 """Seconds between tries while the disk refuses."""
+
+HERE_BYTES: Final = 64 << 10
+HERE_RECORDS: Final = 64
+"""At most this much is committed in the trio thread; a thread of its own is the better place for more."""
+
+FAST_COMMIT: Final = 0.002
+"""Seconds that small commits may take on average for the trio thread to wait for them."""
+
+SLOW_COMMIT: Final = 0.02
+SLOW_FOR: Final = 1.0
+"""Seconds: after a commit of SLOW_COMMIT, the trio thread waits for none for SLOW_FOR."""
 
 DISK_ERRORS: Final = frozenset(
     (
@@ -67,14 +81,20 @@ class Writer:
         self._statistics = statistics
         self._deliver = deliver
         self._mutex = threading.Lock()
+        self._busy = threading.Lock()
         self._signal = threading.Lock()
         self._signal.acquire()
         self._queue: deque[Append | Flush] = deque()
         self._changes = Changes()
         self._changed_at = 0.0
         self._sleeping = False
+        self._sleeps_until = 0.0
+        self._commit_time = FAST_COMMIT
+        self._slow_until = 0.0
+        self._told = self._heard = 0
         self._deaf = False
         self._closing = False
+        self._over = False
         self._reopen = False
         self.degraded = degraded
         self.fault: BaseException | None = None
@@ -85,18 +105,51 @@ class Writer:
     def start(self) -> None:
         self._thread.start()
 
-    def put(self, item: Append | Flush) -> None:
+    def put(self, item: Append | Flush, *, wake: bool = True) -> None:
+        """Queue it. Without `wake`, `commit_here` is to follow in the same turn."""
         with self._mutex:
             self._queue.append(item)
+            if wake and self._sleeping:
+                self._wake()
+
+    def commit_here(self, size: int) -> tuple[Result, list[Flush]] | None:
+        """Commit what is queued, `size` bytes of it, and say what became: promise (4). None: the thread will."""
+        if size <= HERE_BYTES and self._may_commit_here() and self._busy.acquire(blocking=False):
+            try:
+                if self._told == self._heard and not self._over:
+                    items, flushes = self._take()
+                    result = self._commit_group(items, flushes, upkeep=False)
+                    if self._committer.has_upkeep:
+                        self._rouse()
+                    return None if result is None else (result, flushes)
+            finally:
+                self._busy.release()
+        self._rouse()
+        return None
+
+    def _may_commit_here(self) -> bool:
+        """Little, nothing wrong, and a disk that has been fast."""
+        if not 0 < len(self._queue) <= HERE_RECORDS or self._deaf or self._closing or self.degraded:
+            return False
+        if self._commit_time > FAST_COMMIT or self._committer.has_upkeep:
+            return False
+        return time.monotonic() >= self._slow_until
+
+    def _rouse(self) -> None:
+        with self._mutex:
             if self._sleeping:
                 self._wake()
+
+    def on_heard(self) -> None:
+        """The trio thread has taken over one result that `deliver` was called with."""
+        self._heard += 1
 
     def change(self, apply: Callable[[Changes], object]) -> None:
         """Add to the changes. `apply` must be short: the thread may wait for it."""
         with self._mutex:
             if not self._changes:
                 self._changed_at = time.monotonic()
-                if self._sleeping:
+                if self._sleeping and self._sleeps_until > self._changed_at + CHANGES_DELAY:
                     self._wake()
             apply(self._changes)
 
@@ -134,17 +187,23 @@ class Writer:
         except BaseException as exc:  # promise (3): whatever it is, it is raised where watch() runs
             self.fault = exc
         finally:
-            self._committer.close()
+            with self._busy:
+                self._over = True
+                self._committer.close()
             with self._mutex:
                 left = list(self._queue)
                 self._queue.clear()
             result = self._refusal([item for item in left if isinstance(item, Append)], OutcomeKind.ERROR)
             result.ended = True
-            self._deliver(result, [item for item in left if isinstance(item, Flush)])
+            self._tell(result, [item for item in left if isinstance(item, Flush)])
 
     def _turn(self) -> bool:
         """Wait for something to do and do it. False at the end."""
         self._wait()
+        with self._busy:
+            return self._work()
+
+    def _work(self) -> bool:
         items, flushes = self._take()
         closing = self._committer.closing = self._closing
         if self.degraded and not items:
@@ -152,7 +211,7 @@ class Writer:
         elif items or closing or self._committer.due():
             self._commit(items, flushes)
         elif flushes:
-            self._deliver(self._committer.describe(Result()), flushes)
+            self._tell(self._committer.describe(Result()), flushes)
         else:
             self._committer.tidy()
         self._committer.checkpoint()
@@ -167,6 +226,7 @@ class Writer:
             if timeout <= 0:
                 return
             self._sleeping = True
+            self._sleeps_until = time.monotonic() + timeout
         woken = self._signal.acquire(timeout=timeout)
         with self._mutex:
             if not woken and not self._sleeping:
@@ -211,18 +271,33 @@ class Writer:
     # -- the thread: committing -----------------------------------------------------------------------------
 
     def _commit(self, items: list[Append], flushes: list[Flush]) -> None:
-        """R-10-25."""
+        result = self._commit_group(items, flushes, upkeep=True)
+        if result is not None:
+            self._tell(result, flushes)
+
+    def _commit_group(self, items: list[Append], flushes: list[Flush], *, upkeep: bool) -> Result | None:
+        """What became of them; None if the commit failed, which is told by the way. R-10-25."""
         started = time.monotonic()
         try:
-            result = self._committer.commit(items)
+            result = self._committer.commit(items, upkeep=upkeep)
         except sqlite3.Error as exc:
             self._failed(exc, items, flushes)
-            return
-        took = time.monotonic() - started
+            return None
+        ended = time.monotonic()
+        took = ended - started
+        if took >= SLOW_COMMIT:
+            self._slow_until = ended + SLOW_FOR
+        if len(items) <= HERE_RECORDS:
+            self._commit_time += (took - self._commit_time) / 8
         statistics = self._statistics
         statistics.commits += 1
+        statistics.commits_here += not upkeep
         statistics.commit_seconds += took
         statistics.commit_seconds_max = max(statistics.commit_seconds_max, took)
+        return result
+
+    def _tell(self, result: Result, flushes: list[Flush]) -> None:
+        self._told += 1
         self._deliver(result, flushes)
 
     def _failed(self, exc: sqlite3.Error, items: list[Append], flushes: list[Flush]) -> None:
@@ -239,7 +314,7 @@ class Writer:
             self._statistics.errors += len(items)
         self._committer.pending.tally.add(result.tally)
         self._committer.reserve.release()
-        self._deliver(result, flushes)
+        self._tell(result, flushes)
         self._probe([])
 
     def _blame(self, exc: sqlite3.Error) -> None:
@@ -264,7 +339,7 @@ class Writer:
             self._statistics.commits += 1
             if self._committer.reserve.held:
                 self.degraded = ""
-        self._deliver(result, flushes)
+        self._tell(result, flushes)
 
     def _refusal(self, items: list[Append], kind: OutcomeKind) -> Result:
         outcome = Outcome(kind, 0)

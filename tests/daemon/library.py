@@ -34,6 +34,9 @@ class NoSocket:
         task_status.started()
         await trio.sleep_forever()
 
+    def send_now(self) -> None:
+        """As `wake`."""
+
     def wake(self) -> None:
         """The network looks at every session by itself."""
 

@@ -204,14 +204,14 @@ async def test_nothing_queued_before_the_news_is_heard_succeeds(
     committer = store._writer._committer
     commit, failures = committer.commit, 0
 
-    def failing_once(items: list[Append]) -> Result:
+    def failing_once(items: list[Append], *, upkeep: bool = True) -> Result:
         nonlocal failures
         if items and not failures:
             failures += 1
             exc = sqlite3.OperationalError("disk I/O error")
             exc.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
             raise exc
-        return commit(items)
+        return commit(items, upkeep=upkeep)
 
     monkeypatch.setattr(committer, "commit", failing_once)
     source = new_source()
