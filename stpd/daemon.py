@@ -22,9 +22,7 @@ import structlog
 import trio
 
 from stp.batch import node_id
-from stp.carriers.tls import TlsListener
 from stp.carriers.udp import LOOPBACK_DATAGRAM, UdpCarrier, sizes_for
-from stp.carriers.unix import UnixListener
 from stp.control import Hello
 from stp.core.endpoint import Endpoint, EndpointConfig
 from stp.core.errors import ErrorCode, HandshakeRefused
@@ -61,6 +59,7 @@ from stpd.status import ReloadReport
 from stpd.store.base import StoreError
 from stpd.store.sqlite import SqliteStore
 from stpd.throttle import Throttle
+from stpd.turns import Mover, Turns
 from stpd.uplink import Uplink, targets_of
 
 log = structlog.get_logger("stpd")
@@ -114,7 +113,7 @@ class Daemon:
         self.doors = StreamDoors(self)
         self._endpoints: list[Endpoint] = []
         self._endpoint_configs: list[EndpointConfig] = []
-        self._in_turn = False
+        self.turns = Turns(self._movers)
         self._stop = trio.Event()
         self._stop_code = ErrorCode.RESTARTING
         self._waiting_since: float | None = None
@@ -162,26 +161,8 @@ class Daemon:
     def endpoints(self) -> list[Endpoint]:
         return list(self._endpoints)
 
-    def wake(self) -> None:
-        for carrier in () if self._in_turn else self._movers():
-            carrier.wake()
-
-    def send(self) -> None:
-        for carrier in () if self._in_turn else self._movers():
-            carrier.send_now()
-
-    def _movers(self) -> list[UdpCarrier | TlsListener | UnixListener]:
+    def _movers(self) -> list[Mover]:
         return [*self._carriers, *self._dialers.values(), *self.doors.listeners]
-
-    def _turn_begins(self) -> None:
-        self._in_turn = True
-        self.store.turn_begins()
-
-    def _turn_ends(self) -> None:
-        """What one socket brought is committed, and leaves by all of them, without another turn of the event loop."""
-        self.store.turn_ends()
-        self._in_turn = False
-        self.send()
 
     # -- life
 
@@ -256,8 +237,8 @@ class Daemon:
             node_id=own,
             memory_source=self._memory_source,
             on_refused=self._on_refused,
-            wake=self.wake,
-            send=self.send,
+            wake=self.turns.wake,
+            send=self.turns.send,
         )
         self.sessions = Sessions(
             self.relay,
@@ -312,7 +293,7 @@ class Daemon:
                 f"cannot listen on UDP {host}:{port}: {error.strerror or error}",
                 "another stpd runs there, or the address is not this machine's: see listen.udp",
             ) from error
-        carrier.turn_begins, carrier.turn_ends = self._turn_begins, self._turn_ends
+        carrier.turn_begins, carrier.turn_ends = partial(self.turns.begin, self.store), self.turns.end
         self._endpoints.append(endpoint)
         self._endpoint_configs.append(config)
         return carrier
@@ -519,12 +500,12 @@ class Daemon:
         self._notifier.stopping("stopping")
         with trio.move_on_after(STOP_TIMEOUT) as scope:
             self.sessions.say_goodbye("draining" if self._stop_code is ErrorCode.GOING_AWAY else "restarting")
-            self.wake()
+            self.turns.wake()
             await self.store.flush()
             self.relay.flush()
             await trio.sleep(LAST_WORDS)
             self.sessions.close_all(self._stop_code, "0")
-            self.wake()
+            self.turns.wake()
             await trio.sleep(LAST_WORDS)
         if scope.cancelled_caught:
             log.warning("stop_hurried", after_s=STOP_TIMEOUT)

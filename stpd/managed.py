@@ -309,7 +309,7 @@ class Managed:
     def kick(self, session_id: str) -> None:
         peer = self._find(session_id)
         peer.link.close(ErrorCode.NO_ERROR, "closed by an operator", trio.current_time())
-        self._daemon.wake()
+        self._daemon.turns.wake()
 
     def remove_reader(self, name: str) -> None:
         try:

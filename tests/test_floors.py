@@ -83,7 +83,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stpd.store.sqlite",
     # -- stpd: the relay and the house around it
     "stpd.excerpts",
-    "stpd.hops",
+    "stpd.turns stpd.hops",
     "stpd.relay",
     "stpd.peers",
     "stpd.moving",
