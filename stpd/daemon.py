@@ -450,7 +450,7 @@ class Daemon:
     def end_sessions(self) -> None:
         """Of certificates that ran out or were revoked: within a second, or at once by whoever changes that."""
         self.lifetimes.check(self.sessions.peers.values())
-        self.wake()
+        self.turns.wake()
 
     async def _learn_revoked(self, serials: dict[int, int]) -> None:
         await self.lifetimes.learn(serials)
