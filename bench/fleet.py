@@ -52,6 +52,8 @@ class Node:
         self.directory.mkdir(parents=True)
         self.port = free_port(socket.SOCK_DGRAM)
         self.health_port = free_port(socket.SOCK_STREAM)
+        self.tls_port = free_port(socket.SOCK_STREAM)
+        self.socket = self.directory / "stp.sock"
         self.management_port = free_port(socket.SOCK_STREAM)
         self.process: subprocess.Popen[bytes] | None = None
         self.config = self.directory / f"{role}.toml"
@@ -63,13 +65,19 @@ class Node:
     def url(self) -> str:
         return f"stp://{self.name}@127.0.0.1:{self.port}"
 
+    @property
+    def local_url(self) -> str:
+        """For programs of this machine, without an identity."""
+        return f"stp+unix://{self.socket}"
+
     def write_config(self, extra: str = "", upstream: Node | None = None) -> None:
         """*extra*: TOML after the generated part; it may hold tables but not those generated here."""
         lines = [
             f'role = "{self.role}"',
             'state_dir = "state"',
             'identity = ["identity.pem"]',
-            f'[listen]\nudp = ["127.0.0.1:{self.port}"]',
+            f'[listen]\nudp = ["127.0.0.1:{self.port}"]\ntls = ["127.0.0.1:{self.tls_port}"]',
+            f'unix = {{ path = "{self.socket}", mode = "0600" }}',
             f'[management]\nlisten = "127.0.0.1:{self.management_port}"',
             f'[health]\nlisten = "127.0.0.1:{self.health_port}"',
         ]

@@ -60,7 +60,11 @@ def connects(function: Function) -> Function:
     """The options of a command that connects; it gets them as one Target."""
 
     @click.option(
-        "--url", envvar="STP_URL", default="", metavar="URL", help="stp://[node@]host[:port]. [env: STP_URL]"
+        "--url",
+        envvar="STP_URL",
+        default="",
+        metavar="URL",
+        help="stp://[node@]host[:port], or stp+unix:///path/of/socket. [env: STP_URL]",
     )
     @click.option(
         "--identity",

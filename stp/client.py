@@ -35,7 +35,7 @@ from stp.core.errors import MessageError, UsageError
 from stp.core.events import DatagramReceived
 from stp.dialler import Dialler
 from stp.echo import LoadReport
-from stp.enrol import IdentitySource, load_identity
+from stp.enrol import IdentitySource
 from stp.identity import Identity, parse_url
 from stp.lifetimes import REHANDSHAKE
 from stp.link import (
@@ -47,6 +47,7 @@ from stp.link import (
     SubscribedReceived,
     Writable,
 )
+from stp.local import identity_for
 from stp.outbox import Refused, Ticket
 from stp.pings import Pings
 from stp.publisher import MEMORY, Publisher
@@ -88,18 +89,18 @@ async def connect(
 ) -> AsyncIterator[Client]:
     """A session to the keeper at `stp://[node@]host[:port]`, kept up until the block is left.
 
-    `url` "" means the upstream that enrolment wrote into the identity. `identity` is a bundle's path, or several
-    files, or a loaded Identity; by default STP_IDENTITY or `~/.config/stp/device.pem`. `node` is the name that the
-    peer's certificate must carry, where neither the URL nor the identity says it. `network_key` (32 bytes) replaces
-    the identity's. `memory`: bytes of messages that may wait to be kept. `on_refused` hears of every message that
-    was refused for good, awaited or not. `rehandshake`: seconds, ± 10 %, after which a fresh session takes over from
-    the present one.
+    `url` "" means the upstream that enrolment wrote into the identity, "stp+unix:///run/stpd/stp.sock" this machine's
+    daemon, which needs no identity to know us. `identity` is a bundle's path, or several files, or a loaded Identity;
+    by default STP_IDENTITY or `~/.config/stp/device.pem`. `node` is the name that the peer's certificate must carry,
+    where neither the URL nor the identity says it. `network_key` (32 bytes) replaces the identity's. `memory`: bytes
+    of messages that may wait to be kept. `on_refused` hears of every message that was refused for good, awaited or
+    not. `rehandshake`: seconds, ± 10 %, after which a fresh session takes over from the present one.
 
     Raises IdentityError, Unreachable after `connect_timeout` seconds (math.inf: never), Rejected at once when
     either side refuses the other's certificate. Leaving the block waits up to `close_timeout` until everything is
     kept, and says in the log if it was not.
     """
-    loaded = load_identity(identity)
+    loaded, node = await identity_for(url, identity, node, connect_timeout)
     client = Client(
         url,
         loaded,

@@ -25,6 +25,7 @@ import trio
 from attrs import Factory, define, evolve
 
 from stp.carriers.udp import LOOPBACK_DATAGRAM, UdpCarrier, sizes_for
+from stp.carriers.unix import UnixCarrier
 from stp.control import Goaway, Hello
 from stp.core.endpoint import Endpoint, EndpointConfig
 from stp.core.errors import ErrorCode, StpError
@@ -170,7 +171,7 @@ class Connection:
         tokens: KeptTokens | None = None,
     ) -> None:
         self.target = target
-        self.where = f"{target.host}:{target.port}"
+        self.where = target.where
         self.link: Link | None = None
         """The link while it is up."""
         self.cause = ""
@@ -303,6 +304,8 @@ class Connection:
         leaf, hello = self._contexts.leaf_der(), self._hello
         if continues is not None:
             hello = evolve(hello, continues=continues.link.session.id or b"")
+        if self.target.path:
+            dial = self._dial_unix
         session, carrier = await dial(self._on_ready)
         link = Link(
             session,
@@ -313,6 +316,14 @@ class Connection:
         line = link.app = Line(link, carrier, leaf)
         session.app = link
         return line
+
+    async def _dial_unix(self, on_ready: Callable[[AnySession], None]) -> tuple[AnySession, Carrier]:
+        """A `Dial` over a Unix socket: there is one way to it only."""
+        expected = self._identity.domain, self.target.node
+        carrier = await UnixCarrier.dial(
+            self.target.path, on_ready=on_ready, expected=expected, keepalive=self._keepalive
+        )
+        return carrier.session, carrier
 
     async def dial_udp(
         self, on_ready: Callable[[AnySession], None], failures: int = 0

@@ -51,6 +51,7 @@ BUILD_TIME: Final = 1_793_491_200.0
 """Unix seconds, 2026-11-01: no clock that shows less is right. Moved forward with each release."""
 
 DEFAULT_PORT: Final = 9000
+UNIX_SCHEME: Final = "stp+unix://"
 """UDP port of protocol §1."""
 
 ENROL_PORT: Final = 8443
@@ -102,11 +103,18 @@ class Upstream:
 
 @define
 class Address:
-    """A dialling target, from `stp://[node@]host[:port]`."""
+    """A dialling target, from `stp://[node@]host[:port]` or `stp+unix:///path`."""
 
     node: str
     host: str
     port: int = DEFAULT_PORT
+    path: str = ""
+    """Of a Unix socket; `host` and `port` mean nothing then."""
+
+    @property
+    def where(self) -> str:
+        """As people write it."""
+        return self.path or f"{self.host}:{self.port}"
 
 
 @define
@@ -122,6 +130,13 @@ class Identity:
     not_after: datetime
     serial: int
     files: tuple[str, ...] = ()
+
+    @classmethod
+    def local(cls, domain: str, node: str) -> Identity:
+        """For a Unix socket, where the daemon says who we are: no key, no certificate, no end."""
+        nothing = TlsCredentials((b"",), b"", ())
+        begin = datetime.min.replace(year=1970, tzinfo=UTC)
+        return cls(domain, node, nothing, (), None, begin, datetime.max.replace(tzinfo=UTC), 0)
 
     @property
     def leaf_der(self) -> bytes:
@@ -344,9 +359,18 @@ def check_node_name(name: str) -> None:
         )
 
 
+def unix_path(url: str) -> str:
+    """The path of `stp+unix:///path`; "" for any other URL."""
+    path = url.removeprefix(UNIX_SCHEME)
+    return path if path != url and path.startswith("/") else ""
+
+
 def parse_url(url: str, upstream: Upstream | None = None) -> Address:
     """Read `stp://[node@]host[:port]`; the node defaults to that of `upstream`. Raises IdentityError."""
-    advice = "write stp://[node@]host[:port]"
+    advice = "write stp://[node@]host[:port], or stp+unix:///path/of/socket"
+    path = unix_path(url)
+    if path:
+        return Address("", "", 0, path)
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port

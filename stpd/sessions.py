@@ -333,6 +333,8 @@ class Sessions:
         code = closed.code.name if isinstance(closed.code, ErrorCode) else str(closed.code)
         calm = closed.code in (ErrorCode.NO_ERROR, ErrorCode.REPLACED, ErrorCode.RESTARTING)
         say = log.info if calm or isinstance(closed.code, LocalCause) else log.warning
+        if hello is None and calm:
+            say = log.debug  # a program of this machine that asked for its name
         say("session_closed", node=peer.node, code=code, reason=closed.reason, by_peer=closed.by_peer)
         self._events.publish(
             "session.closed",

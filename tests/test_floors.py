@@ -51,7 +51,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.carriers.tls stp.carriers.unix",
     "stp.networks stp.lifetimes stp.kept_tokens",
     "stp.enrol stp.outbox stp.connection",
-    "stp.dialler stp.publisher stp.subscriber",
+    "stp.dialler stp.local stp.publisher stp.subscriber",
     "stp.reader stp.requests stp.statistics",
     "stp.pings",
     "stp.client",

@@ -310,6 +310,7 @@ class StreamCarrier:
             except BlockingIOError:
                 sent = 0
             except OSError as exc:
+                self._read(stream, now)  # the peer's last words may lie there
                 self._lost(stream, exc, now)
                 return
             counts.tx_writes += 1

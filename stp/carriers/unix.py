@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 import trio
-from attrs import define
+from attrs import define, evolve
 
 from stp.carriers.door import Door, DoorStatistics, Place, unlimited
 from stp.carriers.streams import Stream, StreamCarrier, accepted
@@ -185,40 +185,34 @@ class UnixListener(StreamCarrier):
     async def _admit(self, sock: socket.socket, place: Place, scope: trio.CancelScope) -> None:
         try:
             with scope:
-                peer, address = self._who(sock)
-                if peer is not None:
-                    await self._serve(self._session(sock, peer, address, place))
+                stream = self._session(sock, place)
+                if stream is not None:
+                    await self._serve(stream)
+                    self._door.statistics.refused += stream.session.refused
         finally:
             self._door.leave(place)
             if sock.fileno() >= 0:
                 sock.close()
 
-    def _who(self, sock: socket.socket) -> tuple[PeerIdentity | None, str]:
-        """(3)"""
+    def _session(self, sock: socket.socket, place: Place) -> Stream | None:
+        """(3). Whom no name is for hears so: the session is refused."""
         try:
             found = credentials_of(sock)
         except OSError as exc:
             self._count_error(exc)
-            return None, ""
-        address = f"pid {found.pid} uid {found.uid}"
-        node = self._name_of(found)
+            return None
+        domain, own = self._own
+        context, node = self._context, self._name_of(found)
         if node is None:
-            self._door.statistics.refused += 1
-            if self._context.on_refused is not None:
-                reason = f"no node name is for uid {found.uid}, gid {found.gid}: see listen.unix.map"
-                self._context.on_refused(address, None, reason)
-            return None, address
-        return PeerIdentity(self._own[0], node, 0, FOR_EVER), address
-
-    def _session(self, sock: socket.socket, peer: PeerIdentity, address: str, place: Place) -> Stream:
-        domain, node = self._own
+            reason = f"no node name is for uid {found.uid}, gid {found.gid}: see listen.unix"
+            context, node = evolve(context, authorise=lambda _: reason), f"uid-{found.uid}"
         session = FramedSession(
-            self._context,
-            PlainChannel(peer),
-            address,
+            context,
+            PlainChannel(PeerIdentity(domain, node, 0, FOR_EVER)),
+            f"pid {found.pid} uid {found.uid}",
             dialling=False,
             now=place.since,
-            names=(f"stp://{domain}/{node}", f"stp://{peer.domain}/{peer.node}"),
+            names=(f"stp://{domain}/{own}", f"stp://{domain}/{node}"),
         )
         stream = Stream(sock, session)
         stream.on_proven = lambda: self._door.leave(place)
