@@ -1,6 +1,6 @@
 """§4 to §9 on the client's side: handshake, streams, acknowledgements, close; over one UDP socket.
 
-What is left out, because the text lets a client leave it out: migration, packets above 1,200 bytes, DATAGRAM. Keys
+What is left out, because the text lets a client leave it out: sending packets above 1,200 bytes, DATAGRAM. Keys
 are updated when a caller says so (the text wants it after 2^20 packets or an hour). Congestion control is a window
 that never grows beyond its first size.
 """
@@ -40,8 +40,7 @@ class Session:
     ) -> None:
         self.bundle = bundle
         self._drop = drop
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.connect(bundle.upstream)
+        self._socket = self._dial()
         self._tls = Tls(bundle)
         self._tls_sent = bytearray(self._tls.output())
         self.original_dcid = self._dcid = os.urandom(8)
@@ -68,7 +67,7 @@ class Session:
         self.connected = False
         self.token = b""
         self.closed: Closed | None = None
-        self.counts = {"retry": 0, "dropped": 0, "not opened": 0, "timeouts": 0}
+        self.counts = {"retry": 0, "dropped": 0, "not opened": 0, "timeouts": 0, "challenges": 0}
 
     # -- what the message layer asks
 
@@ -115,6 +114,16 @@ class Session:
         if self._hint is not None and now >= self._hint[0]:
             raise self._hint[1]
         self._flush(now)
+
+    def _dial(self) -> socket.socket:
+        dialled = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        dialled.connect(self.bundle.upstream)
+        return dialled
+
+    def rebind(self) -> None:
+        """Another port of ours, as a NAT would give us; the listener asks who is there (R-8-6)."""
+        self._socket.close()
+        self._socket = self._dial()
 
     def update_keys(self) -> None:
         """R-9-1: call it at the earliest 3 PTO after a packet of the current phase was acknowledged."""
@@ -357,6 +366,7 @@ class Session:
     def _on_frame(self, frame: f.Frame) -> None:
         kind, *fields = frame
         self.streams.on_frame(frame)
+        self.counts["challenges"] += kind == f.PATH_CHALLENGE
         if kind == f.ACK:
             self._data.on_ack(fields[1], fields[0], time.monotonic())
         elif kind == f.HANDSHAKE_DONE:

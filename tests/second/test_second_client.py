@@ -203,6 +203,20 @@ def test_it_updates_its_keys_and_the_gateway_follows(second: Second) -> None:
 
 
 @pytest.mark.real
+def test_it_moves_to_another_port_and_the_gateway_follows(second: Second) -> None:
+    """R-8-6, R-8-7: the same session goes on, validated by an answer from the new port."""
+    client = second("moving")
+    client.start()
+    for challenged in (False, True, True):
+        client.wait_kept(*client.publish([("second/move", b"x" * 3000)]))
+        client.until(client.session.settled)
+        assert bool(client.session.counts["challenges"]) == challenged
+        client.session.rebind()
+    assert client.session.counts["retry"] == 1
+    client.close()
+
+
+@pytest.mark.real
 def test_the_wrong_network_key_meets_silence(second: Second) -> None:
     """Promise (4), R-3-6: not one datagram comes back, for a whole probe timeout and more."""
     client = second("stranger")
