@@ -323,7 +323,7 @@ class Relay:
         return deque(sorted(by_door.values(), key=lambda one: one.pos))
 
     def on_custody(self, lane: int, pos: int) -> None:
-        """The custody route has everything up to *pos* of *lane*: whoever waited is told (2).
+        """The custody route has everything up to *pos* of *lane*: whoever waited is told (2, R-10-36).
 
         Who has records at the store hears of it with what becomes of those, in one receipt: soon enough.
         """
