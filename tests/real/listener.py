@@ -8,6 +8,7 @@ It sends back on stream 0 what it reads there, and reads all other streams.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -16,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import attrs
 import trio
@@ -28,6 +29,13 @@ from stp.core.events import StreamOpened, StreamReadable
 from stp.core.session import Session
 from stp.identity import ContextCache, Identity, TimeFloor
 from tests.identity_kit import shared
+
+
+class Closes(Protocol):
+    def close(self) -> object: ...
+
+
+Kept = TypeVar("Kept", bound=Closes)
 
 NODE = "hub-1"
 HOST = "127.0.0.1"
@@ -96,6 +104,11 @@ class Listener:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         self.address = (HOST, int(self._process.stdout.readline()))
+        self._kept = contextlib.ExitStack()
+
+    def keep(self, one: Kept) -> Kept:
+        """It is closed when this is."""
+        return self._kept.enter_context(contextlib.closing(one))
 
     def ask(self, *, thorough: bool = False) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -125,6 +138,7 @@ class Listener:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._kept.close()
         self._process.kill()
         self._process.communicate()
 
