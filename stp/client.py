@@ -86,6 +86,7 @@ async def connect(
     on_refused: Callable[[Refused], None] | None = None,
     kind: str = "client",
     rehandshake: float = REHANDSHAKE,
+    qlog: str | os.PathLike[str] | None = None,
 ) -> AsyncIterator[Client]:
     """A session to the keeper at `stp://[node@]host[:port]`, kept up until the block is left.
 
@@ -94,7 +95,8 @@ async def connect(
     by default STP_IDENTITY or `~/.config/stp/device.pem`. `node` is the name that the peer's certificate must carry,
     where neither the URL nor the identity says it. `network_key` (32 bytes) replaces the identity's. `memory`: bytes
     of messages that may wait to be kept. `on_refused` hears of every message that was refused for good, awaited or
-    not. `rehandshake`: seconds, ± 10 %, after which a fresh session takes over from the present one.
+    not. `rehandshake`: seconds, ± 10 %, after which a fresh session takes over from the present one. `qlog`: a directory
+    for event logs that qlog viewers draw; by default STP_QLOG, else none.
 
     Raises IdentityError, Unreachable after `connect_timeout` seconds (math.inf: never), Rejected at once when
     either side refuses the other's certificate. Leaving the block waits up to `close_timeout` until everything is
@@ -111,6 +113,7 @@ async def connect(
         on_refused=on_refused,
         kind=kind,
         rehandshake=rehandshake,
+        qlog=qlog,
     )
     failure: Exception | KeyboardInterrupt | None = None
     async with trio.open_nursery() as nursery:
@@ -146,12 +149,12 @@ class Client:
         on_refused: Callable[[Refused], None] | None,
         kind: str,
         rehandshake: float = REHANDSHAKE,
+        qlog: str | os.PathLike[str] | None = None,
     ) -> None:
         upstream = identity.upstream
         target = parse_url(url or (upstream.url if upstream is not None else ""), upstream)
-        self.identity = identity
+        self.identity, self._hook = identity, on_refused
         self._target = evolve(target, node=node) if node else target
-        self._hook = on_refused
         self._dialler = Dialler(
             self._target,
             identity,
@@ -159,6 +162,7 @@ class Client:
             kind=kind,
             run=time.time_ns() // 1_000_000,
             rehandshake=rehandshake,
+            qlog=qlog,
         )
         source = os.urandom(16)  # R-10-34
         self._publisher = Publisher(
@@ -191,8 +195,7 @@ class Client:
         self._readers: dict[str, Reader] = {}
         self._requests = Requests(self, identity.node)
         self._pings = Pings(self._connection, identity.node)
-        self._refused_messages = 0
-        self._refused_logged = -REFUSED_LOG_INTERVAL
+        self._refused_messages, self._refused_logged = 0, -REFUSED_LOG_INTERVAL
 
     # -- starting and ending -----------------------------------------------------------------------------
 
@@ -225,6 +228,7 @@ class Client:
         for reader in [*self._readers.values()]:
             await reader.aclose()
         await self._connection.aclose()
+        self._dialler.close()
 
     # -- publishing --------------------------------------------------------------------------------------
 
@@ -459,8 +463,6 @@ class Client:
         Raises Unreachable.
         """
         return await self._pings.ask(timeout)
-
-    # -- unreliable datagrams ------------------------------------------------------------------------------
 
     def send_datagram(self, data: bytes) -> bool:
         """Send bytes that may be lost and are never sent again. False: not now, the link takes no more.

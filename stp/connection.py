@@ -35,6 +35,7 @@ from stp.identity import Address, ContextCache, Identity
 from stp.kept_tokens import KeptTokens
 from stp.lifetimes import REHANDSHAKE, Expiry, renew_in
 from stp.link import GoawayReceived, HelloReceived, Link, LinkClosed, LinkEvent, MovedReceived
+from stp.qlog import QlogDirectory
 
 log: Final = logging.getLogger("stp.client")
 
@@ -169,6 +170,7 @@ class Connection:
         rehandshake: float = REHANDSHAKE,
         expiry: Expiry | None = None,
         tokens: KeptTokens | None = None,
+        qlog: QlogDirectory | None = None,
     ) -> None:
         self.target = target
         self.where = target.where
@@ -187,6 +189,7 @@ class Connection:
         self._rehandshake = rehandshake
         self._expiry = expiry or Expiry()
         self._tokens = tokens or KeptTokens()
+        self._qlog = qlog
         self._line: Line | None = None
         """What is up, or is to be."""
         self._beside: Line | None = None
@@ -339,6 +342,7 @@ class Connection:
                 max_datagram=LOOPBACK_DATAGRAM,
                 sizes_for=sizes_for,
                 keepalive=self._keepalive,
+                observer=self._qlog.observe if self._qlog is not None else None,
             )
         )
         local = "::" if ipaddress.ip_address(host.partition("%")[0]).version == 6 else "0.0.0.0"

@@ -16,6 +16,7 @@ from stp.core.path import KEEPALIVE
 from stp.identity import Address, ContextCache, Identity, TimeFloor
 from stp.kept_tokens import KeptTokens
 from stp.lifetimes import REHANDSHAKE, Expiry
+from stp.qlog import QlogDirectory
 
 log: Final = logging.getLogger("stp.client")
 
@@ -35,8 +36,12 @@ class Dialler:
         kind: str,
         run: int,
         rehandshake: float = REHANDSHAKE,
+        qlog: str | os.PathLike[str] | None = None,
     ) -> None:
-        """`network_key`: instead of those of the identity; None: those, as they are at each dial."""
+        """`network_key`: instead of those of the identity; None: those, as they are at each dial.
+
+        `qlog`: a directory for event logs, None for what STP_QLOG says, if anything.
+        """
         self.target = target
         self.identity = identity
         self.run = run
@@ -45,11 +50,18 @@ class Dialler:
         self._kind = kind
         self._rehandshake = rehandshake
         self._nonce = os.urandom(16)
+        directory = qlog or os.environ.get("STP_QLOG")
+        self._qlog = QlogDirectory(directory) if directory else None
         self._contexts = ContextCache(identity, TimeFloor())
         self._stamp = _stamp(identity.files)
         self._expiry = Expiry()
         beside = identity.files[0] if identity.files and os.path.exists(identity.files[0]) else None
         self._tokens = KeptTokens(f"{beside}.tokens" if beside else None)
+
+    def close(self) -> None:
+        """Write out the event logs. Call it when all connections are closed."""
+        if self._qlog is not None:
+            self._qlog.close()
 
     def connection(
         self,
@@ -74,6 +86,7 @@ class Dialler:
             network_keys=lambda: self._network_keys,
             prepare=self._take_renewed,
             keepalive=keepalive,
+            qlog=self._qlog,
             rehandshake=self._rehandshake,
             expiry=self._expiry,
             tokens=self._tokens,

@@ -31,3 +31,30 @@ def path_show(session: Session, session_id: str) -> None:
         return "\n".join(describe(from_dict(PathStatus, answer)))
 
     session.show(lambda client: client.get("paths", session_id), text)
+
+
+@path.command("trace")
+@click.argument("session_id", metavar="SESSION")
+@click.option(
+    "--for", "duration", default="60s", show_default=True, metavar="TIME", help="10s, 5m; at most 1h."
+)
+@options()
+def path_trace(session: Session, session_id: str, duration: str) -> None:
+    """Write an event log of one session for a while: every packet, loss and round trip, without their contents.
+
+    It is a file on the daemon's machine, in the form of qlog: https://qvis.quictools.info draws it.
+
+    \b
+    stpctl path trace 3fa9c1 --for 5m
+    """
+    answer = session.client.post("traces", session_id, body={"for_s": _seconds(duration)})
+    session.done(answer, f"logging to {answer['path']} for {duration}")
+
+
+def _seconds(text: str) -> float:
+    units = {"s": 1, "m": 60, "h": 3600}
+    number, unit = (text[:-1], text[-1:]) if text[-1:] in units else (text, "s")
+    try:
+        return float(number) * units[unit]
+    except ValueError:
+        raise click.BadParameter("a number and a unit, such as 60s or 5m", param_hint="--for") from None

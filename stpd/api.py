@@ -41,6 +41,7 @@ from stpd.status import (
     ReloadReport,
     Revocation,
     SessionStatus,
+    TraceStatus,
     UpstreamStatus,
     to_dict,
 )
@@ -94,6 +95,9 @@ class Managed(Protocol):
 
     def path(self, session_id: str) -> Answer[PathStatus]:
         """The way to a session's peer, in numbers. Raises NotFoundError."""
+
+    def trace(self, session_id: str, seconds: float) -> Answer[TraceStatus]:
+        """Write an event log of one session for so long. Raises NotFoundError, RefusedError."""
 
     def kick(self, session_id: str) -> Answer[None]:
         """Close a session; its peer may come back at once. Raises NotFoundError."""
@@ -279,6 +283,15 @@ async def _revoke_node(call: Call) -> Response:
     return json_response(to_dict(await _answer(call.managed.node_revoke(node, reason))))
 
 
+async def _begin_trace(call: Call) -> Response:
+    body = call.request.json()
+    seconds = body.get("for_s") if isinstance(body, dict) else None
+    if type(seconds) not in (int, float):
+        raise RequestError(400, "bad_request", "for_s is missing or no number", 'send {"for_s": 60}')
+    assert isinstance(seconds, int | float)
+    return json_response(to_dict(await _answer(call.managed.trace(call.argument, float(seconds)))), 201)
+
+
 async def _watch_events(call: Call) -> Response:
     try:
         watcher = call.managed.events()
@@ -307,6 +320,7 @@ HANDLERS: Final[dict[tuple[str, str], tuple[Role, Handler]]] = {
     ("GET", "/v1/sessions/{id}"): (Role.VIEWER, _view(lambda c: c.managed.session(c.argument))),
     ("DELETE", "/v1/sessions/{id}"): (Role.OPERATOR, _change(lambda c: c.managed.kick(c.argument))),
     ("GET", "/v1/paths/{id}"): (Role.VIEWER, _view(lambda c: c.managed.path(c.argument))),
+    ("POST", "/v1/traces/{id}"): (Role.OPERATOR, _begin_trace),
     ("GET", "/v1/edges"): (Role.VIEWER, _view(lambda c: c.managed.edges())),
     ("GET", "/v1/upstreams"): (Role.VIEWER, _view(lambda c: c.managed.upstreams())),
     ("GET", "/v1/readers"): (Role.VIEWER, _view(lambda c: c.managed.readers())),

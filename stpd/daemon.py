@@ -59,6 +59,7 @@ from stpd.status import ReloadReport
 from stpd.store.base import StoreError
 from stpd.store.sqlite import SqliteStore
 from stpd.throttle import Throttle
+from stpd.tracing import Tracing
 from stpd.turns import Mover, Turns
 from stpd.uplink import Uplink, targets_of
 
@@ -203,6 +204,9 @@ class Daemon:
                 73,
             ) from error
         self._nonce = os.urandom(16)
+        self.tracing = Tracing(
+            self.config.transport.qlog, self._state / "qlog", self.identity.node, self.wall_ms
+        )
         self.registry = NodeRegistry(self._state / "nodes.json")
         if self.config.enrol.ca is not None:
             self.authority = CertificateAuthority.load(self.config.enrol.ca)
@@ -311,6 +315,7 @@ class Daemon:
             max_datagram=max(LOOPBACK_DATAGRAM, largest),
             sizes_for=partial(sizes_for, largest=largest),
             instance=len(self._endpoints) & 0xFF,
+            observer=self.tracing.observer,
             cid_key=self._secrets[:32],
             reset_key=self._secrets[32:],
             token_key=hashlib.sha256(b"stpd token key" + self._secrets[32:]).digest(),
@@ -443,6 +448,7 @@ class Daemon:
             self.sessions.check()
             self.end_sessions()
             await self.lifetimes.save()
+            self.tracing.check(trio.current_time())
             self._look_at_store()
             if self.store_stalled_for() < 30.0:
                 self._notifier.watchdog()
@@ -515,6 +521,8 @@ class Daemon:
             for carrier in (*self._carriers, *self._dialers.values()):
                 carrier.close()
             self.doors.close()
+            if hasattr(self, "tracing"):
+                await trio.to_thread.run_sync(self.tracing.close)
             if hasattr(self, "store"):
                 await self.store.aclose()
 

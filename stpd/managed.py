@@ -37,10 +37,12 @@ from stpd.status import (
     ReloadReport,
     Revocation,
     SessionStatus,
+    TraceStatus,
     UpstreamStatus,
 )
 from stpd.store.base import Hop
 from stpd.store.sqlite import QUEUE_RECORDS
+from stpd.tracing import TracingError
 
 if TYPE_CHECKING:
     from stpd.daemon import Daemon
@@ -126,8 +128,18 @@ class Managed:
         peer = self._find(session_id)
         d = self._daemon
         return path_status(
-            peer, now_ms=d.wall_ms(), local_address=d.local_address(peer.session), trace_until_ms=0
+            peer,
+            now_ms=d.wall_ms(),
+            local_address=d.local_address(peer.session),
+            trace_until_ms=d.tracing.until_ms(peer.session, trio.current_time()),
         )
+
+    def trace(self, session_id: str, seconds: float) -> TraceStatus:
+        peer = self._find(session_id)
+        try:
+            return self._daemon.tracing.begin(peer.session, seconds, trio.current_time())
+        except TracingError as error:
+            raise RefusedError(str(error)) from error
 
     def _find(self, wanted: str) -> Peer:
         found = [

@@ -122,6 +122,9 @@ class TransportConfig:
     clock: Clock = "kernel"
     """Whose word it is that this machine's clock is right, so that sessions end with certificates by it: the
     kernel's, or ours (trusted)."""
+    qlog: Path | None = None
+    """Directory for an event log of every session, which viewers of qlog draw; none: off. It costs CPU time and disk:
+    at most 128 files of 64 MiB. For one session, and for a while: `stpctl path trace`."""
 
 
 @define(kw_only=True)

@@ -164,6 +164,15 @@ class PathStatus:
 
 
 @define(kw_only=True)
+class TraceStatus:
+    """An event log that is being written, on the daemon's machine."""
+
+    session: str
+    path: str = ""
+    until_ms: int = 0
+
+
+@define(kw_only=True)
 class SessionStatus:
     """One association with a peer."""
 

@@ -31,7 +31,8 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.core.keys stp.core.params stp.core.tokens stp.core.acks stp.core.path stp.core.resets stp.core.streamset"
     " stp.core.tolerant",
     "stp.core.handshake stp.core.packetizer stp.core.keepalive",
-    "stp.core.events stp.core.initspace stp.core.phases stp.core.channel stp.core.units stp.core.clienthello",
+    "stp.core.events stp.core.initspace stp.core.phases stp.core.channel stp.core.units stp.core.clienthello"
+    " stp.core.trace",
     "stp.core.output stp.core.routing",
     "stp.core.migration",
     "stp.core.dataspace stp.core.states",
@@ -47,6 +48,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.receiving",
     "stp.link",
     # -- stp: what touches the machine, and the front doors
+    "stp.qlog",
     "stp.carriers.udp stp.carriers.streams stp.carriers.door stp.identity stp.pinned",
     "stp.carriers.tls stp.carriers.unix",
     "stp.networks stp.lifetimes stp.kept_tokens",
@@ -89,7 +91,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stpd.moving",
     "stpd.sessions",
     "stpd.uplink stpd.lifetimes",
-    "stpd.paths stpd.doors",
+    "stpd.paths stpd.doors stpd.tracing",
     "stpd.managed stpd.services",
     "stpd.daemon",
     "stpd.__main__",

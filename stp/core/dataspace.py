@@ -37,6 +37,7 @@ from stp.core.routing import take_stream, take_stream_frame
 from stp.core.sizing import BASE_DATAGRAM
 from stp.core.streams import WRITABLE_ROOM
 from stp.core.streamset import StreamSet
+from stp.core.trace import Trace
 
 
 class Inbox(Protocol):
@@ -80,6 +81,7 @@ class DataSpace:
         "sealer",
         "source",
         "streams",
+        "trace",
     )
 
     def __init__(
@@ -119,6 +121,8 @@ class DataSpace:
         self.liveness = liveness
         self.local_cids = LocalCids(cid, cid_source)
         self.remote_cids = RemoteCids(peer_cid)
+        self.trace: Trace | None = None
+        """Who is told of every packet; nobody, as a rule."""
         self._inbox = inbox
         self._at_once = False
         self.output = Output(
@@ -143,6 +147,8 @@ class DataSpace:
 
         Raises ProtocolError; what came before the offence has been taken.
         """
+        if self.trace is not None:
+            return self._receive_traced(self.trace, data, size, now)
         streams = self.streams
         opened, eliciting, touched, rest, strange = self.opener.open_buffer(
             data, size, streams.recv, self.acks, now
@@ -164,6 +170,36 @@ class DataSpace:
         if self.opener.failed >= self.fail_limit:
             raise ProtocolError("too many packets that do not open", ErrorCode.AEAD_LIMIT)
         return strange
+
+    def _receive_traced(self, trace: Trace, data: bytes, size: int, now: float) -> list[bytes]:
+        """As `receive`, a datagram at a time, so that each is told of before what it brings about."""
+        left: list[bytes] = []
+        trace.at(now)
+        self.trace = None
+        try:
+            for start in range(0, len(data), size):
+                datagram = data[start : start + size]
+                plain = trace.peek(datagram)
+                if plain is not None:
+                    trace.received(datagram, plain, fresh=self.acks.fresh(self.opener.number(datagram)))
+                failed = self.opener.failed
+                left += self.receive(datagram, len(datagram), now)
+                if self.opener.failed != failed:
+                    trace.dropped(datagram)
+                elif plain is None and (plain := trace.peek(datagram)) is not None:
+                    trace.received(datagram, plain, fresh=True)  # it moved the phase, or the CID
+        finally:
+            if self.recovery.trace is trace:  # nobody has stopped looking meanwhile
+                self.trace = trace
+        return left
+
+    def observe(self, trace: Trace | None, now: float) -> None:
+        """Tell `trace` of every packet from now on; None: nobody."""
+        if self.trace is not None:
+            self.trace.leave(self.recovery)
+        self.trace = trace
+        if trace is not None:
+            trace.keys(self.sealer, self.opener, self.recovery, now)
 
     def _receive_strange(self, strange: list[bytes], now: float) -> list[bytes]:
         """Packets to another CID of ours or of another phase, one by one; what is neither is returned."""
@@ -251,7 +287,10 @@ class DataSpace:
         for pn in sealer.skipped:
             if pn >= lowest and any(start <= pn < stop for start, stop in ranges):
                 raise ProtocolError("ACK of a packet that was left out")
-        if self.recovery.on_ack(ranges, delay_us / 1e6, now):
+        new = self.recovery.on_ack(ranges, delay_us / 1e6, now)
+        if self.recovery.trace is not None:
+            self.recovery.trace.metrics(now, self.recovery)
+        if new:
             for sender in self.streams.send.values():
                 if sender.full and sender.room() >= WRITABLE_ROOM:
                     sender.full = False

@@ -48,6 +48,7 @@ from stp.core.sizing import BASE_DATAGRAM
 from stp.core.states import Agenda, SessionContext, State
 from stp.core.tokens import BAD_RETRY, NodeToken, RetryToken, TokenKeeper
 from stp.core.tolerant import Tolerant
+from stp.core.trace import Sink
 
 CONTROLLERS: Final[dict[str, Callable[[int], Congestion]]] = {
     "tolerant": Tolerant,
@@ -101,6 +102,8 @@ class EndpointConfig:
     """Handshakes a second in all."""
     window_budget: int = WINDOW_BUDGET
     key_limits: KeyLimits = Factory(KeyLimits)
+    observer: Callable[[Session, bytes], Sink | None] | None = None
+    """(session, its first DCID): who wants its event log, if anybody. Asked once: when we dial, or let a peer in."""
     """How long keys last (protocol §9)."""
     instance: int = 0
     """u8: which of several listeners behind one address issued a CID (protocol §8)."""
@@ -193,6 +196,7 @@ class Endpoint:
             keepalive=config.keepalive,
             dead_time=config.dead_time,
             key_limits=config.key_limits,
+            observer=config.observer,
         )
         self._by_cid: dict[bytes, Session] = {}
         self._by_init: dict[bytes, Session] = {}

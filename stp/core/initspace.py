@@ -131,6 +131,8 @@ class InitHandshake:
         self.peer_cid: bytes | None = None
         self.rtt = rtt
         self.validated = dialling
+        self.original_dcid: bytes
+        """The DCID of the client's very first INIT."""
         self._dialling = dialling
         self._tls: Handshake
         self._token = b""
@@ -561,7 +563,7 @@ class ServerHandshake(InitHandshake):
         self.network_key = first.network_key
         self.dcids = (received.dcid,) if received.dcid == cid else (received.dcid, cid)
         self.peer_cid = received.scid
-        self._original_dcid = original_dcid
+        self.original_dcid = original_dcid
         self._retry_scid = cid if retried else b""
         self._token_node = token_node
         self._authorise = authorise
@@ -581,7 +583,7 @@ class ServerHandshake(InitHandshake):
     def check_hello(self, hello: TransportHello) -> None:
         """R-4-4."""
         if (hello.original_dcid, hello.cid, hello.retry_scid) != (
-            self._original_dcid,
+            self.original_dcid,
             self.peer_cid,
             self._retry_scid,
         ):

@@ -149,6 +149,8 @@ class Output:
     def send(self, now: float, out: list[Transmit]) -> None:
         """Append what may leave now."""
         sealer, phases = self._sealer, self._phases
+        if sealer.trace is not None:
+            sealer.trace.path(self._path.addr, self._path.datagram, now)
         if sealer.next - sealer.first >= phases.packets or now >= phases.due_at:
             phases.begin(sealer, self._recovery.largest_acked, self._recovery.rtt.pto(), now)
         self.wake_at = None

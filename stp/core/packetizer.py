@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from struct import Struct
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from cryptography.exceptions import InvalidTag
 
@@ -28,6 +28,9 @@ from stp.core.packet import (
 )
 from stp.core.recovery import FrameOwner
 from stp.core.streams import RecvStream
+
+if TYPE_CHECKING:
+    from stp.core.trace import Trace
 
 BULK_OVERHEAD: Final = DATA_OVERHEAD + STREAM_HEAD_SIZE
 """Bytes around the stream bytes of a packet that holds nothing else: 46."""
@@ -92,6 +95,7 @@ class Sealer:
         "next",
         "skip_at",
         "skipped",
+        "trace",
     )
 
     def __init__(
@@ -104,6 +108,8 @@ class Sealer:
     ) -> None:
         self._pn_key = pn_key
         self._random = random_bytes
+        self.trace: Trace | None = None
+        """Who is told of every packet; nobody, as a rule."""
         self.next = 0
         self.first = 0
         """The first number of the phase."""
@@ -119,6 +125,8 @@ class Sealer:
         self.use_cid(cid)
 
     def use_cid(self, cid: bytes) -> None:
+        if self.trace is not None:
+            self.trace.cid(self._prefix[1:], cid)
         self._prefix = self._prefix[:1] + cid
         self._w = whitener(self._pn_key, cid)
 
@@ -163,6 +171,8 @@ class Sealer:
         """One packet. Call `run` before."""
         pn = self.next
         self.next = pn + 1
+        if self.trace is not None:
+            self.trace.sealed(pn, frames)
         aead = self._aead
         header = self._prefix + (pn ^ self._w).to_bytes(8, "big")
         return header + aead.encrypt((aead.iv_int ^ pn).to_bytes(12, "big"), frames, header)
@@ -171,6 +181,8 @@ class Sealer:
         self, stream: int, offset: int, data: bytes, index: int, length: int, piece: int, fin: bool
     ) -> bytes:
         """`length` bytes of `data` from `index` on, cut into packets of `piece` bytes; at most `run` of them."""
+        if self.trace is not None:
+            self.trace.sealed_burst(self.next, stream, offset, length, piece, fin)
         prefix, w, iv, encrypt = self._prefix, self._w, self._aead.iv_int, self._aead.encrypt
         head = STREAM_HEAD.pack
         pn = self.next

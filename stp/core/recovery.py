@@ -14,10 +14,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from stp.core.congestion import Congestion
 from stp.core.sizing import MIN_DATAGRAM, Sizer
+
+if TYPE_CHECKING:
+    from stp.core.trace import Trace
 
 K_PACKET_THRESHOLD: Final = 3
 MAX_PACKET_THRESHOLD: Final = 64
@@ -222,6 +225,7 @@ class Recovery:
         "sent",
         "sizer",
         "spurious",
+        "trace",
         "waiting_since",
     )
 
@@ -252,6 +256,8 @@ class Recovery:
         # first number, bits, when they were declared lost
         self._declared: Sequence[tuple[int, int, float]] = ()
         self._saved: tuple[float, ...] | None = None  # of the controller, before the oldest of these
+        self.trace: Trace | None = None
+        """Who is told of losses and timeouts; nobody, as a rule."""
         self.probe_timeouts = 0
         self._loss_at: float | None = None
         self._acked_until = -1.0  # latest send time among the acknowledged
@@ -414,6 +420,8 @@ class Recovery:
             bits = sent.left & ((1 << min(max(below, 0), sent.count)) - 1)
             if bits:
                 sent.left ^= bits
+                if self.trace is not None:
+                    self.trace.lost(sent, bits, sent.time + delay <= now, now)
                 if sent.first < here:  # (5)
                     sent.tell(bits, acked=False)
                     self.lost_packets += bits.bit_count()
@@ -473,6 +481,8 @@ class Recovery:
             return
         self.pto_count += 1
         self.probe_timeouts += 1
+        if self.trace is not None:
+            self.trace.expired(self, now)
         self.probe()
 
     def forget(self) -> None:

@@ -30,6 +30,7 @@ from stp.core.recovery import MAX_GUESS, RttEstimator
 from stp.core.sizing import Sizer
 from stp.core.states import LIVE, TRANSITIONS, Input, SessionContext, State
 from stp.core.streamset import StreamSet
+from stp.core.trace import Sink, Trace
 from stp.core.unreliable import Datagrams
 from stp.core.verbs import AnySession
 
@@ -53,6 +54,7 @@ class Session(AnySession):
         "_keepalive",
         "_path",
         "_peer_datagram",
+        "_trace",
         "armed",
         "handshake",
     )
@@ -82,6 +84,9 @@ class Session(AnySession):
         self._close_until = 0.0
         self._close_answers = 0
         self._closed_packets = 0
+        self._trace: Trace | None = None
+        if dialling:
+            self._offer_trace(handshake.original_dcid, now)
 
     # -- the owner's verbs
 
@@ -129,6 +134,21 @@ class Session(AnySession):
             self._data.liveness.expect(seconds)
             self.want_to_send()  # so that the timer is set anew
 
+    def observe(self, sink: Sink | None, now: float | None = None) -> None:
+        """Tell `sink` of all that happens from now on, in the words of qlog; None: nobody. `now` None: as last heard.
+
+        A session tells one sink at a time: the newest.
+        """
+        now = self._now if now is None else now
+        trace = None
+        if sink is not None:
+            trace = Trace(sink, dialling=self.dialling)
+            cid = self._data.remote_cids.current[1] if self._data is not None else b""
+            trace.started(self._path.addr, cid, now)
+        self._trace = trace
+        if self._data is not None:
+            self._data.observe(trace, now)
+
     def statistics(self) -> SessionStatistics:
         """A snapshot."""
         if self._data is not None:
@@ -162,6 +182,8 @@ class Session(AnySession):
             raise PacketError("INIT out of place")
         self._now = now
         handshake.receive_init(received, now)
+        if self._trace is not None:
+            self._trace.init_received(received, now)
         self._follow_handshake(now)
         self.want_to_send()
 
@@ -172,6 +194,8 @@ class Session(AnySession):
             raise PacketError("Retry out of place")
         self._now = now
         handshake.receive_retry(received, now)
+        if self._trace is not None:
+            self._trace.retry_received(now)
         self.want_to_send()
 
     def receive_data(self, data: bytes, size: int, addr: Any, now: float) -> list[bytes]:
@@ -246,6 +270,8 @@ class Session(AnySession):
                 self.handshake.handle_timeout(now)
             if now >= self._close_until:
                 self._enter(Input.DRAINED)
+                if self._trace is not None:
+                    self._trace.state("closed", now)
                 self.handshake = self._data = None
             return
         if self.handshake is not None:
@@ -266,6 +292,9 @@ class Session(AnySession):
         handshake, space = self.handshake, self._data
         if handshake is not None:
             out += [Transmit(self._path.addr, d) for d in handshake.datagrams_to_send(now)]
+            if self._trace is not None:
+                for sent in out[before:]:
+                    self._trace.init_sent(sent.data, now)
         if space is not None:
             if self.state in LIVE:
                 try:
@@ -351,6 +380,13 @@ class Session(AnySession):
             )
         return space.migration
 
+    def _offer_trace(self, origin: bytes, now: float) -> None:
+        """Does anybody want the event log of this session?"""
+        observer = self._context.observer
+        sink = observer(self, origin) if observer is not None else None
+        if sink is not None:
+            self.observe(sink, now)
+
     def _rtt(self) -> float:
         return self._data.recovery.rtt.smoothed if self._data is not None else 0.0
 
@@ -403,6 +439,11 @@ class Session(AnySession):
             inbox=self,
         )
         space.output.datagrams = self._datagrams
+        if self._trace is not None:
+            space.observe(self._trace, now)
+            self._trace.state("handshake_complete", now)
+        elif not self.dialling:
+            self._offer_trace(handshake.original_dcid, now)
         if self.dialling:
             space.output.say(frames.Ping().encode())
         else:
@@ -426,6 +467,8 @@ class Session(AnySession):
         assert self._data is not None
         self._enter(Input.PROOF)
         self._data.phases.confirm(now)
+        if self._trace is not None:
+            self._trace.state("handshake_confirmed", now)
         self._path.sizer.begin(now)
         self.handshake = None
         before = list(self._events)
@@ -468,6 +511,9 @@ class Session(AnySession):
         if self.handshake is not None:
             pto = max(pto, self.handshake.pto)
         self._close_until = now + CLOSE_PTOS * pto
+        if self._trace is not None:
+            number = int(code) if isinstance(code, ErrorCode) else -1
+            self._trace.closed("remote" if by_peer else "local", number, reason or str(code), now)
         if self._data is not None:
             self.statistics()  # the last one
             self._data.recovery.forget()
@@ -476,6 +522,8 @@ class Session(AnySession):
             self._datagrams.forget()
         self._early = None
         if self.state is State.CLOSED:
+            if self._trace is not None:
+                self._trace.state("closed", now)
             self.handshake = self._data = None
         elif what is Input.PEER_CLOSE:
             self.handshake = None

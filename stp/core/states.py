@@ -17,6 +17,7 @@ from stp.core.sizing import BASE_DATAGRAM
 
 if TYPE_CHECKING:
     from stp.core.session import Session
+    from stp.core.trace import Sink
 
 
 class State(Enum):
@@ -94,3 +95,5 @@ class SessionContext:
     keepalive: float = KEEPALIVE
     dead_time: float = DEAD_TIME
     key_limits: KeyLimits = Factory(KeyLimits)
+    observer: Callable[[Session, bytes], Sink | None] | None = None
+    """(session, its first DCID): who wants its event log, if anybody. Asked once: when we dial, or let a peer in."""

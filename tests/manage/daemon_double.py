@@ -40,6 +40,7 @@ from stpd.status import (
     ReloadReport,
     Revocation,
     SessionStatus,
+    TraceStatus,
     UpstreamStatus,
 )
 from tests.identity_kit import DOMAIN, Flaw, Kit, key_pem, pem, shared
@@ -109,6 +110,13 @@ class Double:
             cipher="TLS_AES_256_GCM_SHA384",
             key_updates=2,
         )
+
+    def trace(self, session_id: str, seconds: float) -> TraceStatus:
+        self.session(session_id)
+        if seconds > 3600:
+            raise RefusedError("a log lasts up to 3600 s")
+        self.done.append(("trace", session_id, seconds))
+        return TraceStatus(session="ab" * 16, path="/var/lib/stpd/qlog/abab-server.sqlog", until_ms=now_ms())
 
     def kick(self, session_id: str) -> None:
         self.session(session_id)
