@@ -78,6 +78,8 @@ class Snapshot:
     """Connections and requests at the management API, by what became of them."""
     events: Mapping[str, int] = Factory(dict)
     """published, dropped."""
+    qlog: Mapping[str, int] = Factory(dict)
+    """Events for event logs of sessions, by what became of them."""
     log_written: int = 0
     log_dropped: int = 0
 
@@ -329,5 +331,6 @@ def _process(s: Snapshot) -> Iterator[Metric]:
     yield _by(CounterMetricFamily, "api", "Connections and requests at the management API.", "what", told)
     yield _gauge("api_connections", "Operators connected now.", s.api.get("open", 0))
     yield _by(CounterMetricFamily, "events", "Events told to watchers.", "what", s.events)
+    yield _by(CounterMetricFamily, "qlog_events", "Events for event logs of sessions.", "what", s.qlog)
     yield _counter("log_lines", "Log lines written.", s.log_written)
     yield _counter("log_lines_dropped", "Log lines dropped, because nobody took them.", s.log_dropped)

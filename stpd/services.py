@@ -139,6 +139,7 @@ class Services:
             queues={"store": (numbers.queue_records, status.buffer.queue_limit)},
             api=to_dict(self.management.statistics) if self.management is not None else {},
             events={"published": d.events.statistics().published, "dropped": d.events.statistics().dropped},
+            qlog=d.tracing.counts(),
             log_written=written.written,
             log_dropped=written.dropped,
         )

@@ -36,6 +36,7 @@ def snapshot() -> Snapshot:
         commit_seconds_max=0.125,
         queues={"store": (3, 4096)},
         api={"accepted": 5, "open": 1},
+        qlog={"written": 9, "dropped": 1},
         events={"published": 6, "dropped": 0},
         log_written=8,
         log_dropped=9,

@@ -118,6 +118,7 @@ async def test_views(home: Path, capsys: pytest.CaptureFixture[str], command: st
 
 CHANGES = {
     "sessions kick abab": ("kick", "abab"),
+    "path trace abab --for 5m": ("trace", "abab", 300.0),
     "readers remove erp --yes": ("remove_reader", "erp"),
     "keys revoke 0123456789": ("keys_revoke", "0123456789"),
     "keys create --role app --uses 3 --ttl 2h --tag a --tag b": ("keys_create", "app", 3, 7200.0, ["a", "b"]),
@@ -262,6 +263,7 @@ async def test_what_the_daemon_says_no_to(home: Path, capsys: pytest.CaptureFixt
         "sessions show",
         "path",
         "path show",
+        "path trace abab --for soon",
         "status -o xml",
         "status -w 0",
         "keys create --uses -1",
