@@ -47,7 +47,8 @@ def path_trace(session: Session, session_id: str, duration: str) -> None:
     \b
     stpctl path trace 3fa9c1 --for 5m
     """
-    answer = session.client.post("traces", session_id, body={"for_s": _seconds(duration)})
+    seconds = _seconds(duration)
+    answer = session.client.post("traces", session_id, body={"for_s": seconds})
     session.done(answer, f"logging to {answer['path']} for {duration}")
 
 

@@ -60,6 +60,8 @@ def _round_trip(p: PathStatus) -> str:
 def _loss(p: PathStatus) -> str:
     text = f"Loss: {count_of(p.packets_lost, 'packet')}, {p.loss_percent:.2f} % of what left;"
     text += f" {count_of(p.probe_timeouts, 'probe timeout')}"
+    if p.packets_spurious:
+        text += f"; {number(p.packets_spurious)} were only late"
     if p.pto_count:
         text += f". The peer is silent: {count_of(p.pto_count, 'probe')} unanswered"
     return text + "."

@@ -32,6 +32,7 @@ def path_status(peer: Peer, *, now_ms: int, local_address: str, trace_until_ms: 
         bytes_in=n.bytes_in,
         bytes_out=n.bytes_out,
         packets_lost=n.packets_lost,
+        packets_spurious=n.packets_spurious,
         loss_percent=round(100 * n.packets_lost / n.datagrams_out, 3) if n.datagrams_out else 0.0,
         probe_timeouts=n.probe_timeouts,
         pto_count=n.pto_count,

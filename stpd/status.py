@@ -121,6 +121,8 @@ class PathStatus:
     bytes_in: int = 0
     bytes_out: int = 0
     packets_lost: int = 0
+    packets_spurious: int = 0
+    """Of these, those that were only late: they came after all."""
     loss_percent: float = 0.0
     """Of all that left."""
     probe_timeouts: int = 0

@@ -114,6 +114,8 @@ class SessionStatistics:
     early_kept: int = 0
     early_dropped: int = 0
     packets_lost: int = 0
+    packets_spurious: int = 0
+    """Of `packets_lost`, those that were only late."""
     datagram: int = 0
     """Bytes of UDP payload that our full packets have; 0 before the keys."""
     size_probes: int = 0

@@ -24,7 +24,7 @@ BY_PACING: Final = "pacing"
 def take(found: SessionStatistics, data: DataSpace, now: float) -> None:
     """Write the state of `data` into `found`."""
     recovery, congestion, rtt = data.recovery, data.recovery.congestion, data.recovery.rtt
-    found.packets_lost = recovery.lost_packets
+    found.packets_lost, found.packets_spurious = recovery.lost_packets, recovery.spurious
     found.probe_timeouts, found.pto_count = recovery.probe_timeouts, recovery.pto_count
     sizer = data.path.sizer
     found.datagram, found.size_probes = sizer.datagram, sizer.probes
