@@ -95,8 +95,8 @@ async def connect(
     by default STP_IDENTITY or `~/.config/stp/device.pem`. `node` is the name that the peer's certificate must carry,
     where neither the URL nor the identity says it. `network_key` (32 bytes) replaces the identity's. `memory`: bytes
     of messages that may wait to be kept. `on_refused` hears of every message that was refused for good, awaited or
-    not. `rehandshake`: seconds, ± 10 %, after which a fresh session takes over from the present one. `qlog`: a directory
-    for event logs that qlog viewers draw; by default STP_QLOG, else none.
+    not. `rehandshake`: seconds, ± 10 %, after which a fresh session takes over from the present one. `qlog`: a
+    directory for event logs that qlog viewers draw; by default STP_QLOG, else none.
 
     Raises IdentityError, Unreachable after `connect_timeout` seconds (math.inf: never), Rejected at once when
     either side refuses the other's certificate. Leaving the block waits up to `close_timeout` until everything is
