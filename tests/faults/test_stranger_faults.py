@@ -18,7 +18,8 @@ from stp.core import packet
 from stp.core.admission import ADDRESS_BURST, ADDRESS_RATE
 from stp.core.errors import ErrorCode, PacketError
 from stp.core.events import NewToken
-from stp.core.handshake import TlsSettings, make_context
+from stp.core.handshake import TlsCredentials, TlsSettings, make_context
+from stp.core.initspace import HandshakeState
 from stp.core.keys import initial_keys
 from stp.core.packet import INIT_DATAGRAM, RETRY_BYTE
 from stp.core.session import Session
@@ -26,7 +27,7 @@ from stp.core.states import State
 from stp.core.tokens import NODE_LIFETIME, RETRY_LIFETIME
 from tests.core.handshake_kit import Pair
 from tests.core.handshake_kit import credentials as kit_credentials
-from tests.identity_kit import NETWORK_KEY
+from tests.identity_kit import NETWORK_KEY, shared
 from tests.sim import START, Host, Network
 
 SECRETS = {"cid_key": b"c" * 32, "reset_key": b"r" * 32, "token_key": b"t" * 32}
@@ -80,6 +81,45 @@ def test_fault_14_spoofed_inits_cost_no_state() -> None:
     assert held() == before
     assert endpoint.next_timeout() is None
     assert endpoint.statistics().half_open == endpoint.statistics().sessions == 0
+
+
+@pytest.mark.parametrize("heard", [1, 2])
+def test_fault_15_nine_certificates_for_a_client_that_is_not_heard(heard: int) -> None:
+    """By a NEW_TOKEN there is no Retry: until the client is validated it is sent at most 3 × what came from it."""
+    former = Pair()
+    former.run_to_done()
+    token = former.keeper.seal_node("test", "edge-1", 0.0)
+    extra = tuple(shared().identity(f"n{n}").credentials.chain_der[0] for n in range(9))
+    own, client = kit_credentials("hub"), kit_credentials("edge-1")
+    pair = Pair(
+        server=TlsCredentials(own.chain_der + extra, own.key_der, own.anchors_der),
+        client=TlsCredentials(client.chain_der + extra, client.key_der, client.anchors_der),
+        token=token,
+        keeper=former.keeper,
+        drop=lambda direction, number, _: direction == "c" and heard <= number < 7,
+    )
+    came = went = unvalidated = 0
+    arrive, send = pair.arrive, pair.send
+
+    def count_in(direction: str, datagram: bytes) -> None:
+        nonlocal came
+        came += len(datagram) if direction == "c" else 0
+        arrive(direction, datagram)
+
+    def count_out(direction: str, datagram: bytes) -> None:
+        nonlocal went, unvalidated
+        if direction == "s" and pair.server is not None and not pair.server.validated:
+            went += len(datagram)
+            unvalidated += 1
+            assert went <= 3 * came
+        send(direction, datagram)
+
+    pair.arrive, pair.send = count_in, count_out  # type: ignore[method-assign]
+    pair.run_to_done()
+    assert pair.states() == {HandshakeState.DONE}
+    assert pair.retries == 0
+    assert unvalidated >= heard
+    assert pair.bytes["s"] > 3 * INIT_DATAGRAM  # so that the limit had something to hold back
 
 
 def garbage(net: Network, hub: Host, edge: Host, count: int, seed: int) -> Iterator[bytes]:

@@ -13,7 +13,7 @@ COUNT = 4000
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_any_bytes_parse_or_raise_what_is_promised(name: str) -> None:
+def test_fault_46_any_bytes_parse_or_raise_what_is_promised(name: str) -> None:
     outcome = run(TARGETS[name](), seed=SEED, seconds=1.0, count=COUNT, findings=1)
     assert outcome.inputs > 20
     for finding in outcome.findings:
@@ -33,7 +33,7 @@ def test_seeds_are_accepted(name: str) -> None:
     [p for p in sorted(CORPUS.rglob("*")) if p.is_file() and p.name != ".gitkeep"],
     ids=lambda p: f"{p.parent.name}-{p.name}",
 )
-def test_what_was_found_stays_mended(case) -> None:  # type: ignore[no-untyped-def]
+def test_fault_46_what_was_found_stays_mended(case) -> None:  # type: ignore[no-untyped-def]
     report = try_one(TARGETS[case.parent.name](), case.read_bytes())[1]
     if report:
         pytest.fail(report, pytrace=False)
