@@ -411,7 +411,8 @@ def join(token: str, host: str, name: str, out: str | None) -> None:
     "--identity", "-i", "file", type=click.Path(dir_okay=False), help="The bundle to renew, in place."
 )
 def renew(host: str | None, file: str | None) -> None:
-    """Renew the identity before it expires; for a timer. A running program takes it at its next dial.
+    """Renew the identity before it expires; for a timer. A running program takes it within seconds, on a fresh
+    session beside the one it has.
 
     \b
     stp renew

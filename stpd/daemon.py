@@ -355,7 +355,7 @@ class Daemon:
             keep_token=lambda target: nursery.start_soon(
                 trio.to_thread.run_sync, self.upstream_tokens.put, target.url, target.token
             ),
-            on_revoked=lambda serials: nursery.start_soon(self._learn_revoked, serials),
+            on_revoked=self._learn_revoked,
         )
         self.relay.custody_route = self.uplink.takes_class
         nursery.start_soon(self.uplink.run)
@@ -458,8 +458,8 @@ class Daemon:
         self.lifetimes.check(self.sessions.peers.values())
         self.turns.wake()
 
-    async def _learn_revoked(self, serials: dict[int, int]) -> None:
-        await self.lifetimes.learn(serials)
+    def _learn_revoked(self, serials: dict[int, int]) -> None:
+        self.lifetimes.learn(serials)
         self.end_sessions()
 
     def _look_at_store(self) -> None:

@@ -485,7 +485,7 @@ class Feed:
             self._on_custody(lane, done.last)
 
     def on_receipt(self, link: Link, lane: int, custody: int) -> None:
-        """The peer has everything below place *custody* of this lane, on *link*, in custody (promise 1)."""
+        """The peer has everything below place *custody* of this lane, on *link*, in custody (promise 1, R-10-36)."""
         state = self._lanes.get(lane)
         if state is None or state.link is not link:
             return

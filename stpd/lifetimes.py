@@ -76,14 +76,13 @@ class Lifetimes:
         while part := dict(islice(pairs, MAX_SERIALS)):
             peer.link.send(Revoked(part))
 
-    async def learn(self, serials: dict[int, int]) -> None:
-        """An upstream says which certificates are revoked. In force when this returns; on disk soon after (3)."""
+    def learn(self, serials: dict[int, int]) -> None:
+        """An upstream says which certificates are revoked. In force at once; the next `save` writes it (3)."""
         if self._registry.learn(serials):
             log.info("revocations_learned", serials=len(serials))
-            await self.save()
 
     async def save(self) -> None:
-        """Write what was learned and is not on disk yet."""
+        """Write what was learned and is not on disk yet; call it once a second."""
         now = self._now()
         if not self._registry.unsaved or now < self._save_at:
             return

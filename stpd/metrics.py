@@ -62,6 +62,8 @@ class Snapshot:
     """rx_bytes, tx_bytes, rx_datagrams, tx_datagrams of all sockets; black_holes of all sessions."""
     socket_errors: Mapping[str, int] = Factory(dict)
     sessions_by_carrier: Mapping[str, int] = Factory(dict)
+    sessions_ended: Mapping[str, int] = Factory(dict)
+    """By us, by reason."""
     stream_bytes: Mapping[tuple[str, str], int] = Factory(dict)
     """(carrier, "rx" or "tx") -> bytes over stream sockets."""
     doors: Mapping[tuple[str, str], int] = Factory(dict)
@@ -160,6 +162,13 @@ def _sessions(s: Snapshot) -> Iterator[Metric]:
         "Live sessions by what carries them: udp, tls or unix.",
         "carrier",
         s.sessions_by_carrier,
+    )
+    yield _by(
+        CounterMetricFamily,
+        "sessions_ended",
+        "Sessions that we ended: replaced, moved to a fresh one, expired or revoked.",
+        "reason",
+        s.sessions_ended,
     )
     yield _gauge("edges", "Gateways known below this node.", s.status.edges)
     yield _gauge("edges_connected", "Gateways below this node that have a session.", s.status.edges_connected)

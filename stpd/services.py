@@ -127,6 +127,12 @@ class Services:
             hops=self._hops(),
             sessions_by_role=Counter(d.role_of(peer.node) or "" for peer in d.sessions.peers.values()),
             sessions_by_carrier=Counter(peer.session.carrier for peer in d.sessions.peers.values()),
+            sessions_ended={
+                "replaced": d.sessions.stats.replaced,
+                "moved": d.sessions.stats.moved,
+                "expired": d.lifetimes.expired,
+                "revoked": d.lifetimes.revoked,
+            },
             stream_bytes=d.doors.bytes_by_carrier(),
             doors=d.doors.counts(),
             handshakes=handshakes,

@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import trio
 
+import stp
 from stp.core.packet import parse_init
 from stp.kept_tokens import MAX_PEERS, MAX_TOKEN, KeptTokens, parse
+from tests.client.keeper import Keeper
+from tests.identity_kit import shared
 from tests.sim import Host, Network
 
 
@@ -79,6 +83,21 @@ def test_what_cannot_be_written_is_counted(tmp_path: Path) -> None:
     assert kept.take("b") == kept.take("c") == b""
     long = json.dumps({"format": 1, "tokens": {"a": "00" * (MAX_TOKEN + 1)}}).encode()
     assert parse(long) == {}
+
+
+async def test_a_client_that_starts_anew_is_known_by_name(tmp_path: Path) -> None:
+    """R-4-24: no Retry the second time, with the token that the first process left beside the identity."""
+    identity = shared().write(tmp_path, "sensor-1")
+    async with Keeper().running() as keeper:
+        retries = []
+        for _ in range(3):
+            async with stp.connect(keeper.url, identity=identity):
+                await trio.sleep(0.05)
+            assert keeper._endpoint is not None
+            retries.append(keeper._endpoint.statistics().retries_sent)
+            assert (tmp_path / f"{identity.name}.tokens").stat().st_mode & 0o777 == 0o600
+    assert retries[0] > 0
+    assert retries == [retries[0]] * 3
 
 
 def token_of(net: Network, edge: Host, hub: Host) -> bytes:

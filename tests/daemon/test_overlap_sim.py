@@ -70,6 +70,9 @@ async def all_sessions_overlap(path: Path, seed: int, *, rounds: int, messages: 
 
         await world.run(complete, limit=120)
         await world.run(lambda: not device.settling + reader.settling + kept.settling, limit=30)
+        await world.run(
+            lambda: all(one.told_moved for one in hub.sessions.peers.values() if one.successor), limit=30
+        )
         await world.run_for(1.0)
         reader.check(t=messages, event=messages, file=messages, now=messages)
         kept.check(t=messages, event=messages, file=messages)

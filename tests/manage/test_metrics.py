@@ -29,6 +29,7 @@ def snapshot() -> Snapshot:
         traffic={"rx_bytes": 1000, "tx_bytes": 2000, "rx_datagrams": 10, "tx_datagrams": 20},
         socket_errors={"ENETUNREACH": 1},
         sessions_by_carrier={"udp": 2, "tls": 1},
+        sessions_ended={"moved": 3, "expired": 1},
         stream_bytes={("tls", "rx"): 300, ("tls", "tx"): 400},
         doors={("tls", "accepted"): 5, ("tls", "refused_full"): 1, ("tls", "waiting"): 2},
         store={"commits": 4, "repeats": 1},

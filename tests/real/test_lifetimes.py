@@ -136,6 +136,8 @@ async def test_a_certificate_is_renewed_under_traffic_and_nobody_notices(tmp_pat
             await traffic.stop(timeout=30)
         traffic.check()
         assert sum(traffic.published.values()) > 100
+        kept = site.gateway.directory / "state" / "upstream-tokens.json"
+        assert kept.stat().st_mode & 0o777 == 0o600
         assert len(events(site.hub, "session_moves")) == 1
         assert not events(site.gateway, "uplink_down")
         assert [one["node"] for one in events(site.hub, "session_closed") if one["code"] == "EXPIRED"] == []
