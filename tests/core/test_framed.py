@@ -6,7 +6,15 @@ import pytest
 
 from stp.core import frames
 from stp.core.errors import ErrorCode, LocalCause, UsageError
-from stp.core.events import Connected, SessionClosed, StreamOpened, StreamReset, StreamStopped, StreamWritable
+from stp.core.events import (
+    Connected,
+    DatagramReceived,
+    SessionClosed,
+    StreamOpened,
+    StreamReset,
+    StreamStopped,
+    StreamWritable,
+)
 from stp.core.framed import CLOSE_TIMEOUT, HANDSHAKE_TIMEOUT, MAX_RECORDS, MAX_WRITE
 from stp.core.path import KEEPALIVE, LISTENER_PATIENCE, MAX_UNANSWERED, PING_REPEAT
 from stp.core.states import State
@@ -489,3 +497,23 @@ def test_pings_that_nobody_answers_are_forgotten_one_by_one() -> None:
         edge._ping = True
         edge.next_write(pair.now)
     assert len(edge._pings) == 8
+
+
+@pytest.mark.parametrize("carrier", ["tls", "unix"])
+def test_unreliable_datagrams_go_through_a_stream_too(carrier: str) -> None:
+    """R-5-5: they take turns with lanes, keep to their bound, and count as acknowledged once they are written."""
+    pair = Pair(carrier=carrier).establish()
+    edge, hub = pair.edge.session, pair.hub.session
+    lane = edge.open_stream()
+    edge.write(lane, bytes(200_000))
+    sent = [bytes([n]) * size for n, size in enumerate((0, 1, 500, edge.max_datagram_size))]
+    assert all(edge.send_datagram(data) for data in sent)
+    with pytest.raises(UsageError, match="fit into a packet"):
+        edge.send_datagram(bytes(edge.max_datagram_size + 1))
+    pair.run(lambda: len(pair.hub.got(lane)) == 200_000)
+    assert [event.data for event in pair.hub.of(DatagramReceived)] == sent
+    assert max(map(len, pair.edge.written)) <= MAX_WRITE
+    counts = edge.statistics()
+    assert (counts.datagrams_sent, counts.datagrams_acked, counts.datagrams_lost) == (4, 4, 0)
+    assert hub.send_datagram(b"down")
+    pair.run(lambda: bool(pair.edge.of(DatagramReceived)))

@@ -29,6 +29,7 @@ TARGETS: Final[dict[str, Callable[[], Target]]] = {
     "records": targets_messages.records,
     "lane": targets_messages.lane,
     "control": targets_messages.control,
+    "echo": targets_messages.echo,
     "pasted": targets_identity.pasted,
     "bundle": targets_identity.bundle,
     "strangers": targets_identity.strangers,

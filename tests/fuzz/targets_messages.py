@@ -7,6 +7,7 @@ from zlib import crc32
 from stp.batch import excerpt, open_batch
 from stp.control import ControlCutter, decode_control, encode_control
 from stp.core.errors import MessageError, ProtocolError
+from stp.echo import ECHO_REPLY, ECHO_REQUEST, HEAD, Allowance, Load, Responder
 from stp.records import (
     MAX_HOPS,
     RecordCutter,
@@ -179,3 +180,26 @@ def control() -> Target:
         ],
         repair=lambda data: (max(len(data) - 4, 0)).to_bytes(4, "big") + data[4:],
     )
+
+
+def echo() -> Target:
+    """An unreliable datagram at a keeper, and the same at somebody who measures: an answer, or nothing."""
+
+    def feed(data: bytes) -> None:
+        responder, load = Responder(1e9, Allowance(1e9)), Load(1e6, 100, 0.0)
+        reply = responder.answer(data, 1.0)
+        assert responder.arrived + responder.strange == 1
+        assert reply is None or len(reply) == len(data)
+        asked = load.request(0.0)
+        assert asked is not None
+        load.on_sent(taken=True)
+        if load.on_datagram(data, 1.0):
+            assert not load.on_datagram(data, 1.0)
+        found = load.report(1.0)
+        assert found.sent == 1 == found.answered + found.unanswered + found.lost_up + found.lost_down
+        assert 0.0 <= found.lost <= 1.0
+
+    asked = HEAD.pack(ECHO_REQUEST, 0, 1, 0, 0) + bytes(79)
+    answered = HEAD.pack(ECHO_REPLY, 0, 1, 1, 0) + bytes(79)
+    words = [b"\xff\xff\xff\xff", b"\x80", bytes(4)]
+    return Target(name="echo", feed=feed, seeds=[asked, answered, b"\x80mine"], promised=(), words=words)
