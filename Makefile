@@ -73,6 +73,8 @@ fuzz: env  ## every parser, SECONDS=60 each
 
 bench: env  ## the figures in the README, measured on this machine
 	@for bench in transport idle store relay latency; do $(BIN)/python -m bench.$$bench; done
+	@if [ "$$(id -u)" = 0 ]; then $(BIN)/python -m bench.link; \
+		else echo "bench.link needs root: sudo $(BIN)/python -m bench.link" >&2; fi
 
 clean:  ## remove the environment and every cache
 	rm -rf $(VENV) build dist .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -57,6 +57,17 @@ def test_statistics_agree_with_the_network(seed: int) -> None:
     assert found.congestion_state == "congestion avoidance"
 
 
+def test_what_was_only_overtaken_is_named() -> None:
+    """Up to 15 ms out of order, nothing lost on the way."""
+    net, hub, edge, session, peer = pair(5, delay=0.015)
+    up, _ = net.both(edge, hub)
+    up.jitter = 0.015
+    push(net, hub, session, peer, 300_000)
+    found = session.statistics()
+    assert up.lost == 0
+    assert 0 < found.packets_spurious <= found.packets_lost
+
+
 def test_what_limits_a_sender_is_named() -> None:
     net, hub, _, session, peer = pair(1, delay=0.05, bandwidth=125_000.0)
     assert session.statistics().limited_by == "application"
