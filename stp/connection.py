@@ -35,6 +35,7 @@ from stp.identity import Address, ContextCache, Identity
 from stp.kept_tokens import KeptTokens
 from stp.lifetimes import REHANDSHAKE, Expiry, renew_in
 from stp.link import GoawayReceived, HelloReceived, Link, LinkClosed, LinkEvent, MovedReceived
+from stp.networks import Here
 from stp.qlog import QlogDirectory
 
 log: Final = logging.getLogger("stp.client")
@@ -171,6 +172,7 @@ class Connection:
         expiry: Expiry | None = None,
         tokens: KeptTokens | None = None,
         qlog: QlogDirectory | None = None,
+        place: Here | None = None,
     ) -> None:
         self.target = target
         self.where = target.where
@@ -190,6 +192,7 @@ class Connection:
         self._expiry = expiry or Expiry()
         self._tokens = tokens or KeptTokens()
         self._qlog = qlog
+        self._place = place or Here()
         self._line: Line | None = None
         """What is up, or is to be."""
         self._beside: Line | None = None
@@ -358,6 +361,7 @@ class Connection:
             expected_domain=self._identity.domain,
             now=trio.current_time(),
             token=self._tokens.take(self._peer_name()),
+            keepalive=self._place.learner() if self._keepalive == KEEPALIVE else None,
         )
         return session, carrier
 
@@ -389,6 +393,7 @@ class Connection:
                         await line.ended.wait()
                     if not line.ended.is_set():
                         self._check(line)
+                    await self._place.keep()
                 nursery.cancel_scope.cancel()
         finally:
             # cancelled: the peer need not find out by silence

@@ -16,6 +16,7 @@ from stp.core.path import KEEPALIVE
 from stp.identity import Address, ContextCache, Identity, TimeFloor
 from stp.kept_tokens import KeptTokens
 from stp.lifetimes import REHANDSHAKE, Expiry
+from stp.networks import Here, Networks
 from stp.qlog import QlogDirectory
 
 log: Final = logging.getLogger("stp.client")
@@ -57,6 +58,7 @@ class Dialler:
         self._expiry = Expiry()
         beside = identity.files[0] if identity.files and os.path.exists(identity.files[0]) else None
         self._tokens = KeptTokens(f"{beside}.tokens" if beside else None)
+        self._place = Here(Networks(f"{beside}.networks" if beside else None))
 
     def close(self) -> None:
         """Write out the event logs. Call it when all connections are closed."""
@@ -90,6 +92,7 @@ class Dialler:
             rehandshake=self._rehandshake,
             expiry=self._expiry,
             tokens=self._tokens,
+            place=self._place,
         )
 
     async def _take_renewed(self) -> None:

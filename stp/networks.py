@@ -9,15 +9,17 @@
 from __future__ import annotations
 
 import json
-import os
+import threading
 import time
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
+import trio
 from attrs import asdict, define, evolve
 
+from stp.core.keepalive import KeepaliveLearner
 from stp.core.path import KEEPALIVE, KEEPALIVE_LEAST, KEEPALIVE_MOST
 from stp.identity import write_atomically
 
@@ -48,12 +50,13 @@ class Network:
 
 
 class Networks:
-    """The file, and what it holds. One per process and path; not for several threads at a time."""
+    """The file, and what it holds. One per process and path; `put` may be called in a worker thread."""
 
     def __init__(self, path: str | Path | None = None, *, wall: Callable[[], float] = time.time) -> None:
         """`path` None: remembered for as long as this object lives. Blocking, as `put`."""
         self._path = Path(path) if path is not None else None
         self._wall = wall
+        self._lock = threading.Lock()
         self.read_errors = 0
         """Times the file was there and could not be understood."""
         self.write_errors = 0
@@ -70,6 +73,10 @@ class Networks:
         """
         if not key:
             return
+        with self._lock:
+            self._put(key, network)
+
+    def _put(self, key: str, network: Network) -> None:
         self._known = {**self._known, **self._read(), key: evolve(network, used=int(self._wall()))}
         while len(self._known) > MAX_NETWORKS:
             del self._known[min(self._known, key=lambda one: self._known[one].used)]
@@ -102,6 +109,42 @@ class Networks:
             return {}
 
 
+class Here:
+    """What is learned in the network that this process is in. Ask `learner` before each dial."""
+
+    def __init__(self, networks: Networks | None = None, *, find: Callable[[], str] | None = None) -> None:
+        """`find` says which network that is, by default `here`."""
+        self.networks = networks or Networks()
+        self._find = find or here
+        self._key = ""
+        self._learner = KeepaliveLearner()
+
+    def learner(self) -> KeepaliveLearner:
+        """Of the network that we are in now; sessions dialled in one network share it."""
+        key = self._find()
+        if key != self._key or not key:
+            known = self.networks.get(key)
+            self._key, self._learner = key, KeepaliveLearner(known.keepalive, known.too_long)
+        return self._learner
+
+    @property
+    def changed(self) -> bool:
+        """There is something to `save`."""
+        return self._learner.changed and bool(self._key)
+
+    async def keep(self) -> None:
+        """`save` if there is something to, in a worker thread. Call it every now and then."""
+        if self.changed:
+            await trio.to_thread.run_sync(self.save)
+
+    def save(self) -> None:
+        """Remember what was learned. Blocking; a worker thread may do it."""
+        key, learner = self._key, self._learner
+        learner.changed = False
+        known = self.networks.get(key)
+        self.networks.put(key, evolve(known, keepalive=learner.interval, too_long=learner.too_long))
+
+
 def parse(data: bytes) -> dict[str, Network]:
     """The file's bytes. Entries that are out of bounds are left out. Raises ValueError for what is no such file."""
     if len(data) > MAX_FILE:
@@ -128,12 +171,6 @@ def _entry(entry: Any) -> Network | None:
     if not KEEPALIVE_LEAST <= keepalive <= KEEPALIVE_MOST or not 0 <= too_long < 1e9 or not 0 <= used < 1e12:
         return None
     return Network(float(keepalive), float(too_long), carrier, int(used))
-
-
-def default_path() -> Path:
-    """$XDG_STATE_HOME/stp/networks.json, else ~/.local/state/stp/networks.json: for who has no state directory."""
-    base = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
-    return Path(base) / "stp" / "networks.json"
 
 
 def here(proc: Path = _PROC) -> str:

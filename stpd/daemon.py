@@ -38,6 +38,7 @@ from stp.identity import (
 )
 from stp.kept_tokens import KeptTokens
 from stp.lifetimes import Expiry
+from stp.networks import Here, Networks
 from stpd import __version__, logs
 from stpd.access import Access
 from stpd.checks import split_address
@@ -213,6 +214,7 @@ class Daemon:
             self.tokens = JoinTokens(self._state / "keys.json", self.authority.der)
         self.floor = TimeFloor(self._state / "time-floor")
         self.upstream_tokens = KeptTokens(self._state / "upstream-tokens.json")
+        self._place = Here(Networks(self._state / "networks.json"))
         self.contexts = ContextCache(self.identity, self.floor, synchronised=self.clock_synchronised)
         self.expiry = Expiry(synchronised=self.clock_synchronised)
         self.lifetimes = Lifetimes(self.registry, self.expiry)
@@ -371,6 +373,7 @@ class Daemon:
             expected_domain=self.identity.domain,
             now=trio.current_time(),
             token=token,
+            keepalive=self._place.learner(),
         )
         carrier.wake()
         return session
@@ -449,6 +452,7 @@ class Daemon:
             self.end_sessions()
             await self.lifetimes.save()
             self.tracing.check(trio.current_time())
+            await self._place.keep()
             self._look_at_store()
             if self.store_stalled_for() < 30.0:
                 self._notifier.watchdog()

@@ -46,6 +46,7 @@ from stp.core.endpoint import Endpoint, EndpointConfig
 from stp.core.errors import UsageError
 from stp.core.events import Connected, Event, SessionClosed
 from stp.core.handshake import TlsCredentials, TlsSettings, make_context
+from stp.core.keepalive import KeepaliveLearner
 from stp.core.session import Session
 from stp.core.states import State
 from tests.identity_kit import NETWORK_KEY, Flaw, parts_of, shared
@@ -124,11 +125,22 @@ class Host:
         self._received: dict[Session, dict[int, bytearray]] = {}
 
     def connect(
-        self, to: Host, *, node: str | None = None, domain: str | None = None, token: bytes = b""
+        self,
+        to: Host,
+        *,
+        node: str | None = None,
+        domain: str | None = None,
+        token: bytes = b"",
+        keepalive: KeepaliveLearner | None = None,
     ) -> Session:
         """Dial; `node` is whom to expect, by default who it is."""
         session = self.endpoint.connect(
-            to.addr, expected_node=node or to.node, expected_domain=domain, now=self.net.now, token=token
+            to.addr,
+            expected_node=node or to.node,
+            expected_domain=domain,
+            now=self.net.now,
+            token=token,
+            keepalive=keepalive,
         )
         self.sessions.append(session)
         return session

@@ -18,7 +18,7 @@ STEADY: Final = 3
 """Answers to PINGs at one interval, before a longer one is tried."""
 MARGIN: Final = 0.75
 """The part of a silence that was too long that is thought to be safe."""
-RETRY_AFTER: Final = 200
+RETRY_AFTER: Final = 1000
 """Answers after which a silence that was too long is tried again."""
 
 

@@ -13,7 +13,8 @@ import pytest
 from stp.core import frames
 from stp.core.congestion import initial_window
 from stp.core.errors import LocalCause, UsageError
-from stp.core.path import AMPLIFICATION, DEAD_TIME, SUSPECT_TIME
+from stp.core.keepalive import KeepaliveLearner
+from stp.core.path import AMPLIFICATION, DEAD_TIME, KEEPALIVE_LEAST, KEEPALIVE_MOST, SUSPECT_TIME
 from stp.core.phases import KeyLimits
 from stp.core.sizing import BASE_DATAGRAM
 from stp.core.states import State
@@ -416,6 +417,53 @@ def test_suspicion_is_for_those_who_can_move() -> None:
         link.loss = 0.0
     talk.run(1.0)
     talk.finish()
+
+
+def idle(net: Network, learner: KeepaliveLearner | None, **options: float) -> tuple[Host, Host]:
+    hub, edge = net.listener(), net.dialler(**options)
+    net.establish(edge.connect(hub, keepalive=learner))
+    net.run_for(1.0)
+    return hub, edge
+
+
+def test_an_idle_session_costs_less_than_a_megabyte_a_day() -> None:
+    """With what IP and UDP add: 112 KB at the longest interval, 0.8 MB at the shortest (R-8-9)."""
+    cost = {}
+    for interval in (KEEPALIVE_LEAST, KEEPALIVE_MOST):
+        net = Network(1, delay=0.02)
+        idle(net, None, keepalive=interval)
+        net.log.clear()
+        net.run_for(86_400.0)
+        cost[interval] = sum(len(data) + 28 for _, _, _, data in net.log)
+    assert cost[KEEPALIVE_LEAST] < 1_000_000
+    assert cost[KEEPALIVE_MOST] < 150_000
+
+
+@pytest.mark.parametrize("patience", [18.0, 30.0, 60.0, 115.0])
+def test_the_interval_settles_below_what_the_nat_bears(patience: float) -> None:
+    """A NAT that forgets after so many silent seconds: soon nothing is forgotten, one session all along (R-8-9)."""
+    net = Network(1, delay=0.02)
+    learner = KeepaliveLearner()
+    hub, edge = idle(net, learner)
+    spoke = net.now
+
+    def forgets(data: bytes, number: int) -> list[bytes]:
+        nonlocal spoke
+        spoke = net.now
+        return [data]
+
+    net.link(edge, hub).hook = forgets
+    forgotten = []
+    while net.now < 1000.0 + 3 * 3600:
+        net.run_for(1.0)
+        if net.now - spoke > patience and (not forgotten or forgotten[-1] < spoke):
+            forgotten.append(net.now)
+            net.rebind(edge)
+    assert learner.interval <= patience
+    assert learner.interval == KEEPALIVE_MOST or learner.interval >= 0.6 * patience
+    assert len(forgotten) <= 3
+    assert len(hub.connected()) == len(edge.connected()) == 1
+    assert hub.endpoint.totals().path_validations == len(forgotten)
 
 
 @pytest.mark.parametrize("seed", seeds(10, 400))

@@ -15,6 +15,9 @@ import pytest
 from stp.core import frames
 from stp.core.errors import ErrorCode
 from stp.core.flow import SESSION_WINDOW, STREAM_WINDOW
+from stp.core.migration import MAX_CHALLENGES, MAX_REFUSED
+from stp.core.output import MAX_PATH_ANSWERS
+from stp.core.path import AMPLIFICATION
 from stp.core.states import State
 from tests.sim import Network
 
@@ -147,6 +150,53 @@ def test_fault_30_floods_that_ask_for_answers(said: frames.Frame) -> None:
     space = villain.peer._data
     assert space is not None
     assert len(space.recovery.sent) < 200
+    villain.others_go_on()
+
+
+@pytest.mark.many
+def test_fault_30_a_hundred_thousand_challenges() -> None:
+    """Each may be answered with what it cost, and eight at most wait for their answer."""
+    villain = Villain()
+    cost = 0
+
+    def packets() -> Iterator[bytes]:
+        nonlocal cost
+        for n in range(100_000):
+            packet = villain.packet(frames.PathChallenge(n.to_bytes(8, "big")))
+            cost += len(packet)
+            yield packet
+
+    answered = villain.attack(packets())
+    assert villain.peer.live
+    assert answered < cost
+    assert villain.peer._data is not None
+    assert len(villain.peer._data.output._answers) <= MAX_PATH_ANSWERS
+    villain.others_go_on()
+
+
+def test_fault_30_an_address_for_every_packet() -> None:
+    """Two paths are remembered and eight refusals, three times what came is answered, and the session lives."""
+    villain = Villain()
+    hub, now = villain.hub.endpoint, villain.net.now
+    home = villain.peer.addr
+    count, came, went = 5_000, 0, 0
+    for n in range(count):
+        packet = villain.packet(frames.Ping())
+        came += len(packet)
+        hub.receive(packet, (f"198.51.{n >> 8}.{n & 255}", 7), now)
+        for sent in hub.datagrams_to_send(now):
+            went += len(sent.data) if sent.addr != home else 0
+    assert villain.peer.live
+    assert went <= AMPLIFICATION * came
+    moves = villain.peer._data.migration  # type: ignore[union-attr]
+    assert moves is not None
+    assert moves.previous is not None
+    assert moves.previous.addr == home
+    assert len(moves.previous.challenges) <= MAX_CHALLENGES
+    assert len(moves._refused) <= MAX_REFUSED
+    assert villain.peer.statistics().migrations == count
+    villain.net.run_for(5.0)
+    assert villain.peer.addr == home
     villain.others_go_on()
 
 

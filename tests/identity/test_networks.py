@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from attrs import evolve
 
+from stp.core.keepalive import GROWTH, STEADY
 from stp.core.path import KEEPALIVE
-from stp.networks import MAX_FILE, MAX_NETWORKS, Network, Networks, default_path, here, parse
+from stp.networks import MAX_FILE, MAX_NETWORKS, Here, Network, Networks, here, parse
 
 ROUTES = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n"
 ARP = "IP address  HW type  Flags  HW address  Mask  Device\n"
@@ -152,9 +153,33 @@ def test_point_to_point_ipv6_and_no_network_at_all(tmp_path: Path) -> None:
     assert here(tmp_path / "missing") == ""
 
 
-def test_the_place_for_who_has_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    assert default_path() == tmp_path / "stp" / "networks.json"
-    monkeypatch.delenv("XDG_STATE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_path() == tmp_path / ".local" / "state" / "stp" / "networks.json"
+async def test_what_is_learned_is_kept_per_network(tmp_path: Path) -> None:
+    """R-8-9: the interval of a network is there after a restart, that of another network is its own."""
+    place = "home"
+    places = Here(Networks(tmp_path / "n.json"), find=lambda: place)
+    learner = places.learner()
+    assert places.learner() is learner
+    assert not places.changed
+    for _ in range(STEADY):
+        learner.on_answer(KEEPALIVE)
+    assert places.changed
+    await places.keep()
+    await places.keep()
+    assert not places.changed
+    place = "train"
+    places.learner().on_forgotten(20.0)
+    places.save()
+    again = Here(Networks(tmp_path / "n.json"), find=lambda: place)
+    assert again.learner().interval == pytest.approx(15.0)
+    assert again.learner().too_long == pytest.approx(20.0)
+    place = "home"
+    assert again.learner().interval == pytest.approx(KEEPALIVE * GROWTH)
+
+
+def test_without_a_network_nothing_is_kept(tmp_path: Path) -> None:
+    places = Here(Networks(tmp_path / "n.json"), find=lambda: "")
+    places.learner().on_forgotten(60.0)
+    assert not places.changed
+    assert places.learner().interval == KEEPALIVE
+    places.save()
+    assert not (tmp_path / "n.json").exists()
