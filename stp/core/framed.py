@@ -195,6 +195,8 @@ class FramedSession(AnySession):
         found, rtt = self._counts, self._estimator
         if rtt.sampled:
             found.rtt, found.rtt_var = rtt.smoothed, rtt.var
+            found.rtt_min, found.rtt_latest = rtt.min, rtt.latest
+        found.keepalive = self._liveness.keepalive
         found.session_credit = self._streams.session_room
         self._count_datagrams()
         return found

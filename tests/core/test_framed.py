@@ -517,3 +517,13 @@ def test_unreliable_datagrams_go_through_a_stream_too(carrier: str) -> None:
     assert (counts.datagrams_sent, counts.datagrams_acked, counts.datagrams_lost) == (4, 4, 0)
     assert hub.send_datagram(b"down")
     pair.run(lambda: bool(pair.edge.of(DatagramReceived)))
+
+
+def test_statistics_say_what_the_stream_knows() -> None:
+    pair = Pair(38, delay=0.05).establish()
+    assert pair.edge.session.statistics().rtt == 0.0
+    pair.settle()
+    found = pair.edge.session.statistics()
+    assert found.rtt_min == found.rtt_latest == pytest.approx(found.rtt)
+    assert found.keepalive == KEEPALIVE
+    assert found.session_credit == 2 << 20

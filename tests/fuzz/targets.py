@@ -12,6 +12,7 @@ from tests.fuzz import (
     targets_messages,
     targets_packets,
     targets_sessions,
+    targets_streams,
 )
 from tests.fuzz.engine import Target
 
@@ -22,6 +23,11 @@ TARGETS: Final[dict[str, Callable[[], Target]]] = {
     "datagrams": targets_sessions.datagrams,
     "sealed-up": targets_sessions.sealed_by_client,
     "sealed-down": targets_sessions.sealed_by_server,
+    "client-hello": targets_streams.client_hello,
+    "tls-stranger": targets_streams.tls_stranger,
+    "units-up": targets_streams.units_of_client,
+    "units-down": targets_streams.units_of_server,
+    "unit-stream": targets_streams.unit_stream,
     "link": targets_sessions.link,
     "tokens": targets_identity.tokens,
     "topics": targets_messages.topics,

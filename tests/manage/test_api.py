@@ -322,7 +322,7 @@ def test_no_tickets_and_no_old_tls() -> None:
 # Bad clients -------------------------------------------------------------------------------------------
 
 
-async def test_slow_handshakes_are_cut_off_and_bounded(
+async def test_fault_29_slow_handshakes_are_cut_off_and_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """api (4)."""
