@@ -110,7 +110,7 @@ class LoadReport:
     answered_in: float
     """Seconds to the last reply, or `seconds` where that was later."""
     unanswered: int
-    """Requests that arrived and were not answered: above the listener's allowance."""
+    """Requests that arrived and were not answered: above the listener's allowance, or it was busy."""
     lost_up: int
     lost_down: int
     reordered: int

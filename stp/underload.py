@@ -121,15 +121,15 @@ def describe(found: dict[str, Any]) -> list[str]:
         f"goodput  {_bits(found['goodput_bit_s'])} each way",
         f"ping     {ping['idle']:.2f} ms before, {ping['loaded']:.2f} ms under load",
     ]
-    if found["held_back"]:
-        share = 100 * found["held_back"] / (found["held_back"] + found["sent"])
+    share = 100 * found["held_back"] / max(1, found["held_back"] + found["sent"])
+    if share >= 1:
         lines.append(
             f"note     {share:.0f} % were not sent: congestion control finds the link too slow for them"
         )
     if found["unanswered"]:
         lines.append(
             f"note     {found['unanswered']:,} arrived and were not answered: the keeper echoes no more"
-            " (limits.echo_bytes_per_second)"
+            " (limits.echo_bytes_per_second), or was busy"
         )
     return lines
 

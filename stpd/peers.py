@@ -57,8 +57,10 @@ class Peer:
         if self.responder is None:
             return
         reply = self.responder.answer(data, now)
-        if reply is not None and len(reply) <= self.session.max_datagram_size:
-            self.session.send_datagram(reply)
+        if reply is None:
+            return
+        if len(reply) > self.session.max_datagram_size or not self.session.send_datagram(reply):
+            self.responder.unanswered += 1
 
     @property
     def session(self) -> AnySession:
