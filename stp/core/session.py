@@ -143,7 +143,8 @@ class Session(AnySession):
         trace = None
         if sink is not None:
             trace = Trace(sink, dialling=self.dialling)
-            cid = self._data.remote_cids.current[1] if self._data is not None else b""
+            handshake = self.handshake.original_dcid if self.handshake is not None else b""
+            cid = self._data.remote_cids.current[1] if self._data is not None else handshake
             trace.started(self._path.addr, cid, now)
         self._trace = trace
         if self._data is not None:
