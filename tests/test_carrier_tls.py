@@ -143,6 +143,9 @@ async def test_a_command_overtakes_bulk() -> None:
             session = carrier.session
             bulk, command = session.open_stream(weight=4), session.open_stream(weight=64)
             (server,) = listener._streams
+            for stream in (server, carrier._stream):
+                held = stream.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)  # type: ignore[attr-defined]
+                assert held == NOTSENT_LOWAT == 32 * 1024
             server.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
             carrier._stream.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)
             hub.held = True

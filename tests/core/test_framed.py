@@ -276,6 +276,7 @@ def test_what_was_handed_over_makes_room_and_is_told() -> None:
     pair.settle()
     assert edge.room(stream) == SEND_BUFFER
     assert edge.unsent(stream) == 0
+    assert edge._streams.send[stream].base == SEND_BUFFER  # and nothing of it is kept
     assert pair.edge.of(StreamWritable) == [StreamWritable(stream)]
 
 
