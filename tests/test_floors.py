@@ -75,7 +75,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stpd.setup_cli",
     "stpd.enrol",
     # -- stpd/store: the only files that know a database
-    "stpd.store.base stpd.store.reserve",
+    "stpd.store.base stpd.store.redo stpd.store.reserve",
     "stpd.store.cache stpd.store.rows stpd.store.schema stpd.store.tally",
     "stpd.store.changes stpd.store.reader stpd.store.seen",
     "stpd.store.log stpd.store.quarantine",

@@ -20,6 +20,7 @@ from stpd.store.changes import Changes, Result
 from stpd.store.group import Group
 from stpd.store.log import Log
 from stpd.store.quarantine import Quarantine
+from stpd.store.redo import settle
 from stpd.store.reserve import Reserve
 from stpd.store.schema import DATABASE, PAGE_SIZE, connect
 from stpd.store.trim import Trimmed, Trimmer
@@ -35,6 +36,9 @@ FORGET_INTERVAL: Final = 3_600.0
 
 AGE_INTERVAL: Final = 60
 """Seconds of running time that a crash may lose: what is forgotten after days is forgotten that much later."""
+
+SMALL_RECORDS: Final = 64
+"""A commit with at most this many leaves the small tables alone, see redo."""
 
 VACUUM_PAGES: Final = 1_024
 """Pages given back to the file system in one turn."""
@@ -112,19 +116,22 @@ class Committer:
         log, now_ms, age = self.log, int(self._options.clock() * 1000), self._age()
         result = Result()
         self._trimming = False
+        folds = self._folds(items, upkeep)
         log.begin()
         try:
+            if folds:
+                log.redo.fold()
             self._apply(self.pending, age)
             group = Group(log, self._options.own_source, now_ms)
             result.decided = group.decide(items)
-            group.tally.write(self._conn)
+            group.tally.write(log.redo)
             trimmed = self._trim(now_ms) if upkeep else Trimmed()
             if upkeep:
                 self._forget(age, result)
             if age - self._age_written >= AGE_INTERVAL or self.closing:
                 self._conn.execute("UPDATE meta SET value = ? WHERE key = 'age'", (age,))
                 self._age_written = age  # if this fails, it is the next minute's
-            result.cursors = log.commit(age)
+            result.cursors = log.commit(age, folded=folds)
         except BaseException:
             log.rollback()
             self.quarantine.drop()
@@ -135,12 +142,24 @@ class Committer:
         result.quarantined = self.quarantine.keep()
         result.stored, result.tally = group.stored, group.tally
         self.used = self._measure()
-        self._count(group, trimmed)
+        self._count(group, trimmed, folds)
         self._look_on(moved)
         return self.describe(result)
 
+    def _folds(self, items: list[Append], upkeep: bool) -> bool:
+        """Does this commit write to the small tables themselves, not to `redo`? Where it is large, or they change."""
+        pending = self.pending
+        return (
+            self.closing
+            or self.log.redo.due
+            or self.log.seen.crowded
+            or len(items) > SMALL_RECORDS
+            or bool(pending.hops or pending.asides or pending.damaged)
+            or (upkeep and (self._trims() or self._forgets()))
+        )
+
     def _apply(self, changes: Changes, age: int) -> None:
-        changes.tally.write(self._conn)
+        changes.tally.write(self.log.redo)
         for void in changes.damaged:
             self._statistics.damaged_rows += self.quarantine.replace(void, self._options.own_source)
         for aside in changes.asides:
@@ -161,7 +180,7 @@ class Committer:
         result.used = self.used
         return result
 
-    def _count(self, group: Group, trimmed: Trimmed) -> None:
+    def _count(self, group: Group, trimmed: Trimmed, folded: bool) -> None:
         statistics = self._statistics
         size = sum(len(one.record) for one in group.stored)
         statistics.records += len(group.stored)
@@ -174,7 +193,11 @@ class Committer:
         statistics.dropped_messages += trimmed.dropped
         # An estimate: bodies, and about a page for every table and for every few rows touched elsewhere.
         self._wal_pages += (
-            size // PAGE_SIZE + len(group.stored) + group.sources // 16 + trimmed.records // 4 + 8
+            size // PAGE_SIZE
+            + len(group.stored)
+            + group.sources // 16
+            + trimmed.records // 4
+            + (8 if folded else 2)
         )
 
     def _age(self) -> int:
@@ -194,7 +217,7 @@ class Committer:
     def due(self) -> bool:
         """Is there a reason for a commit without records?"""
         now = time.monotonic()
-        if self.pending or self._more or now - self._forget_at >= FORGET_INTERVAL:
+        if self.pending or self._more or self._forgets() or self.log.redo.due:
             return True
         if self._statistics.damage:
             return False
@@ -214,15 +237,21 @@ class Committer:
             return 0.0
         return TRIM_INTERVAL if self._later else IDLE_INTERVAL
 
-    def _trim(self, now_ms: int) -> Trimmed:
-        now = time.monotonic()
+    def _trims(self) -> bool:
+        """Is it time to trim, if there is anything?"""
         if self._statistics.damage:
-            return Trimmed()
-        if now < self._trim_at and not self._more and not self._trimmer.scarce(self.used):
-            self._later = True
+            return False
+        return time.monotonic() >= self._trim_at or self._more or self._trimmer.scarce(self.used)
+
+    def _forgets(self) -> bool:
+        return time.monotonic() - self._forget_at >= FORGET_INTERVAL
+
+    def _trim(self, now_ms: int) -> Trimmed:
+        if not self._trims():
+            self._later = not self._statistics.damage
             return Trimmed()
         self._later = False
-        self._trim_at = now + TRIM_INTERVAL
+        self._trim_at = time.monotonic() + TRIM_INTERVAL
         self._trimming = True
         trimmed = self._trimmer.trim(now_ms, self.used)
         self._trimming = False
@@ -235,7 +264,7 @@ class Committer:
             self._more = self.due()
 
     def _forget(self, age: int, result: Result) -> None:
-        if time.monotonic() - self._forget_at < FORGET_INTERVAL:
+        if not self._forgets():
             return
         self._forget_at = time.monotonic()
         self._statistics.sources_forgotten += self.log.seen.forget(age)
@@ -286,6 +315,7 @@ class Committer:
         if reopen:
             conn = connect(self._options.directory / DATABASE)
             try:
+                settle(conn)
                 old = self._conn
                 self._use(conn)
             except BaseException:

@@ -13,14 +13,12 @@ import sqlite3
 
 from stpd.store.base import Hop
 from stpd.store.changes import CursorState, LaneState, Move
+from stpd.store.redo import CURSOR, LANE, Redo, Row
 from stpd.store.rows import row_id
 from stpd.store.seen import SeenNumbers
 
 CursorKey = tuple[str, int]
 """(hop, lane)"""
-
-_LANE = "UPDATE lane SET last=?, number=?, messages=?, bytes=?, base=?, base_messages=?, base_bytes=? WHERE lane=?"
-_CURSOR = "INSERT OR REPLACE INTO cursor VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 class Log:
@@ -28,6 +26,7 @@ class Log:
 
     def __init__(self, conn: sqlite3.Connection) -> None:
         self.conn = conn
+        self.redo = Redo(conn)
         self.seen = SeenNumbers(conn)
         self.lanes: dict[int, LaneState] = {}
         for row in conn.execute(
@@ -50,53 +49,29 @@ class Log:
     def begin(self) -> None:
         self.conn.execute("BEGIN IMMEDIATE")
 
-    def commit(self, age: int) -> list[CursorState]:
-        """Write what is staged and sync it; the cursors that changed. `age`: running time, seconds."""
-        self.seen.write(age)
-        conn = self.conn
-        for lane in self._staged_lanes.values():
-            conn.execute(
-                _LANE,
-                (
-                    lane.last,
-                    lane.number,
-                    lane.messages,
-                    lane.bytes,
-                    lane.base,
-                    lane.base_messages,
-                    lane.base_bytes,
-                    lane.lane,
-                ),
-            )
-        changed = []
-        for key, cursor in self._staged_cursors.items():
-            if cursor is None:
-                conn.execute("DELETE FROM cursor WHERE hop = ? AND lane = ?", key)
-                continue
-            changed.append(cursor)
-            conn.execute(
-                _CURSOR,
-                (
-                    cursor.hop,
-                    cursor.lane,
-                    cursor.pos,
-                    cursor.messages,
-                    cursor.bytes,
-                    cursor.start,
-                    cursor.custody,
-                    cursor.filtered,
-                    cursor.expired,
-                    cursor.quarantined,
-                    cursor.dropped,
-                    cursor.forced,
-                ),
-            )
-        conn.execute("COMMIT")
-        self._keep()
+    def commit(self, age: int, *, folded: bool) -> list[CursorState]:
+        """Write what is staged and sync it; the cursors that changed. `age`: running time, seconds.
+
+        `folded`: `redo.fold` was called in this transaction, as it must be where a base moves or a cursor goes.
+        """
+        self.seen.write(self.redo, age)
+        if self._staged_lanes:
+            self.redo.put(LANE, [_lane_row(lane) for lane in self._staged_lanes.values()])
+        changed = [cursor for cursor in self._staged_cursors.values() if cursor is not None]
+        if changed:
+            self.redo.put(CURSOR, [_cursor_row(cursor) for cursor in changed])
+        if len(changed) < len(self._staged_cursors):
+            assert folded
+            gone = [key for key, cursor in self._staged_cursors.items() if cursor is None]
+            self.conn.executemany("DELETE FROM cursor WHERE hop = ? AND lane = ?", gone)
+        self.redo.write()
+        self.conn.execute("COMMIT")
+        self._keep(folded=folded)
         return changed
 
-    def _keep(self) -> None:
-        self.seen.keep()
+    def _keep(self, *, folded: bool) -> None:
+        self.seen.keep(folded=folded)
+        self.redo.keep()
         self.lanes.update(self._staged_lanes)
         for key, cursor in self._staged_cursors.items():
             if cursor is None:
@@ -109,6 +84,7 @@ class Log:
     def rollback(self) -> None:
         """Forget what is staged. Never raises: a transaction that SQLite has ended itself is as good."""
         self.seen.drop()
+        self.redo.drop()
         self._staged_lanes = {}
         self._staged_cursors = {}
         try:
@@ -235,3 +211,16 @@ class Log:
         back = min(max(move.messages - (cursor.messages - before), 0), cursor.forced)
         cursor.dropped -= back
         cursor.forced -= back
+
+
+def _lane_row(lane: LaneState) -> Row:
+    return (
+        lane.lane, lane.last, lane.number, lane.messages, lane.bytes, lane.base, lane.base_messages, lane.base_bytes,
+    )  # fmt: skip
+
+
+def _cursor_row(cursor: CursorState) -> Row:
+    return (
+        cursor.hop, cursor.lane, cursor.pos, cursor.messages, cursor.bytes, cursor.start, cursor.custody,
+        cursor.filtered, cursor.expired, cursor.quarantined, cursor.dropped, cursor.forced,
+    )  # fmt: skip

@@ -34,9 +34,11 @@ class Reader:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._conn: sqlite3.Connection | None = None
+        self._total = 0
 
-    def read(self, lane: int, pos: int, last: int, max_bytes: int) -> list[Stored]:
-        """Records from `pos` (or the first kept) to `last`, about max_bytes of them, at least one.
+    def read(self, lane: int, pos: int, last: int, total: int, max_bytes: int) -> list[Stored]:
+        """Records from `pos` (or the first kept) to `last`, about max_bytes of them, at least one. `total`: the
+        lane's sum of messages at `last`.
 
         Raises StoreError if the database cannot be read.
         """
@@ -44,6 +46,7 @@ class Reader:
             conn = self._conn = self._conn or connect(self._path, reading=True)
             conn.execute("BEGIN")
             try:
+                self._total = total
                 return self._read(conn, lane, pos, last, max_bytes)
             finally:
                 conn.rollback()
@@ -111,9 +114,7 @@ class Reader:
 
     def _sums(self, conn: sqlite3.Connection, lane: int, pos: int) -> tuple[int, int]:
         """Messages of, and the sum up to, a row that cannot say so itself: its neighbours know."""
-        base, total = conn.execute(
-            "SELECT base_messages, messages FROM lane WHERE lane = ?", (lane,)
-        ).fetchone()
+        base = conn.execute("SELECT base_messages FROM lane WHERE lane = ?", (lane,)).fetchone()[0]
         before = conn.execute(
             "SELECT CAST(sum_messages AS INTEGER) FROM record WHERE id > ? AND id < ? ORDER BY id DESC LIMIT 1",
             (row_id(lane, 0), row_id(lane, pos)),
@@ -124,7 +125,7 @@ class Reader:
             (row_id(lane, pos), row_id(lane + 1, 0)),
         ).fetchone()
         low = base if before is None else before[0]
-        high = total if after is None else after[0]
+        high = self._total if after is None else after[0]
         return (high - low, high) if 0 <= low <= high else (0, max(low, 0))
 
     def find(self, lane: int, at_ms: int, last: int) -> int:

@@ -19,7 +19,7 @@ from stpd.store.base import StoreError, StoreFormatError, StoreInUseError
 APPLICATION_ID: Final = 0x53545064
 """Marks a database as ours ("STPd")."""
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Version of the tables below."""
 
 PAGE_SIZE: Final = 16_384
@@ -86,6 +86,9 @@ CREATE TABLE node (
     class TEXT PRIMARY KEY, accepted INTEGER, originated INTEGER, stored INTEGER, live_only INTEGER,
     no_taker INTEGER
 ) WITHOUT ROWID;
+
+-- What small commits changed in lane, cursor, publisher, keeper, door and node: see redo.py.
+CREATE TABLE redo (id INTEGER PRIMARY KEY, body TEXT);
 
 CREATE TABLE quarantine (
     id INTEGER PRIMARY KEY, lane INTEGER, pos INTEGER, source BLOB, number INTEGER, reason TEXT, peer TEXT,
@@ -186,6 +189,16 @@ def _prepare(conn: sqlite3.Connection, path: Path) -> None:
         )
     else:
         _tune(conn)
+        if version < FORMAT:
+            _upgrade(conn)
+
+
+def _upgrade(conn: sqlite3.Connection) -> None:
+    """Format 1 had no `redo`."""
+    conn.execute("BEGIN IMMEDIATE")
+    conn.execute("CREATE TABLE redo (id INTEGER PRIMARY KEY, body TEXT)")
+    conn.execute(f"PRAGMA user_version = {FORMAT}")
+    conn.execute("COMMIT")
 
 
 def _make(conn: sqlite3.Connection) -> None:

@@ -15,6 +15,7 @@ from attrs import Factory, define
 
 from stp.core.ranges import RangeSet
 from stpd.store.base import FORGET_AFTER, MAX_RANGES
+from stpd.store.redo import KEEPER, PUBLISHER, Redo
 from stpd.store.rows import from_column, to_column
 
 CACHED_PUBLISHERS: Final = 65_536
@@ -103,30 +104,37 @@ class SeenNumbers:
         self._staged_keepers[key] = staged
         return staged
 
-    def write(self, seen: int) -> None:
+    def write(self, redo: Redo, seen: int) -> None:
         """Write what is staged; `seen` is the store's running time in seconds."""
         if self._staged_publishers:
-            self._conn.executemany(
-                "INSERT INTO publisher (id, source, lane, highest, crc, seen) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT"
-                " (id) DO UPDATE SET highest = excluded.highest, crc = excluded.crc, seen = excluded.seen",
+            redo.put(
+                PUBLISHER,
                 [
                     (entry.id, source, lane, to_column(entry.highest), entry.crcs.get(entry.highest), seen)
                     for (source, lane), entry in self._staged_publishers.items()
                 ],
             )
         if self._staged_keepers:
-            self._conn.executemany(
-                "INSERT OR REPLACE INTO keeper (source, lane, ranges, seen) VALUES (?, ?, ?, ?)",
+            redo.put(
+                KEEPER,
                 [
                     (source, lane, pack_ranges(ranges), seen)
                     for (source, lane), ranges in self._staged_keepers.items()
                 ],
             )
 
-    def keep(self) -> None:
-        """The transaction is committed."""
-        _merge(self._publishers, self._staged_publishers, CACHED_PUBLISHERS)
-        _merge(self._keepers, self._staged_keepers, CACHED_KEEPERS)
+    @property
+    def crowded(self) -> bool:
+        """Are the caches full, so that the next commit should be one that `keep` is told of as `folded`?"""
+        return len(self._publishers) >= CACHED_PUBLISHERS or len(self._keepers) >= CACHED_KEEPERS
+
+    def keep(self, *, folded: bool) -> None:
+        """The transaction is committed. What the tables do not have yet, not `folded`, must not leave the caches."""
+        self._publishers.update(self._staged_publishers)
+        self._keepers.update(self._staged_keepers)
+        if folded:
+            _shrink(self._publishers, CACHED_PUBLISHERS)
+            _shrink(self._keepers, CACHED_KEEPERS)
         self._staged_publishers = {}
         self._staged_keepers = {}
 
@@ -161,8 +169,7 @@ class SeenNumbers:
         return [row[0] for row in found]
 
 
-def _merge(cache: dict[Key, Entry], staged: dict[Key, Entry], limit: int) -> None:
-    cache.update(staged)
+def _shrink(cache: dict[Key, Entry], limit: int) -> None:
     if len(cache) > limit:
         for key in list(cache)[: limit // 2]:
             del cache[key]

@@ -38,6 +38,7 @@ from stpd.store.cache import RecordCache
 from stpd.store.changes import Aside, CursorState, LaneState, Move, Result
 from stpd.store.commits import Committer, Options
 from stpd.store.reader import Reader
+from stpd.store.redo import settle
 from stpd.store.reserve import Reserve
 from stpd.store.schema import DATABASE, DirectoryLock, open_database
 from stpd.store.tally import Tally
@@ -282,9 +283,10 @@ class SqliteStore:
         return self._cache.get(lane, pos, max_bytes)
 
     async def read(self, lane: int, pos: int, max_bytes: int) -> list[Stored]:
-        last = self._lanes[lane].last
+        state = self._lanes[lane]
+        last, total = state.last, state.messages
         async with self._read_turn:
-            found = await trio.to_thread.run_sync(self._reader.read, lane, pos, last, max_bytes)
+            found = await trio.to_thread.run_sync(self._reader.read, lane, pos, last, total, max_bytes)
         self._statistics.reads += 1
         self._statistics.read_records += len(found)
         now, now_ms = trio.current_time(), self._clock() * 1000
@@ -536,8 +538,9 @@ def open_parts(
     try:
         conn = open_database(path / DATABASE)
         try:
-            options = Options(path, _identify(conn, path, node_id, new_id), limit, retention_s, clock)
             reserve = Reserve(path, reserve_bytes)
+            _settle(conn, reserve)
+            options = Options(path, _identify(conn, path, node_id, new_id), limit, retention_s, clock)
             reserve.take()
             statistics = StoreStatistics()
             committer = Committer(conn, options, reserve, statistics)
@@ -551,6 +554,17 @@ def open_parts(
     except BaseException:
         lock.release()
         raise
+
+
+def _settle(conn: sqlite3.Connection, reserve: Reserve) -> None:
+    """Apply what the last run left; on a full disk the reserve has the room for it. Raises sqlite3.Error."""
+    try:
+        settle(conn)
+    except sqlite3.OperationalError as exc:
+        if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_FULL:
+            raise
+        reserve.release()
+        settle(conn)
 
 
 def _identify(conn: sqlite3.Connection, path: Path, node_id: bytes, new_id: bool) -> bytes:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
-from typing import Final
 
 from attrs import Factory, define
 
 from stp.records import VOID
 from stpd.store.base import Append
+from stpd.store.redo import DOOR, NODE, Redo
 
 RECEIVED, ACCEPTED, REPEATS, REFUSED, CORRUPT = range(5)
 """Places in a door's counts."""
@@ -18,17 +18,6 @@ NODE_ACCEPTED, ORIGINATED, NODE_STORED, LIVE_ONLY, NO_TAKER = range(5)
 
 DoorKey = tuple[str, str]
 """(peer, class)"""
-
-_DOOR: Final = (
-    "INSERT INTO door VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (peer, class) DO UPDATE SET received = received +"
-    " excluded.received, accepted = accepted + excluded.accepted, repeats = repeats + excluded.repeats,"
-    " refused = refused + excluded.refused, corrupt = corrupt + excluded.corrupt"
-)
-_NODE: Final = (
-    "INSERT INTO node VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (class) DO UPDATE SET accepted = accepted +"
-    " excluded.accepted, originated = originated + excluded.originated, stored = stored + excluded.stored,"
-    " live_only = live_only + excluded.live_only, no_taker = no_taker + excluded.no_taker"
-)
 
 
 @define
@@ -68,11 +57,11 @@ class Tally:
         for class_name, counts in other.nodes.items():
             _add(self.node(class_name), counts)
 
-    def write(self, conn: sqlite3.Connection) -> None:
+    def write(self, redo: Redo) -> None:
         if self.doors:
-            conn.executemany(_DOOR, [(*key, *counts) for key, counts in self.doors.items()])
+            redo.put(DOOR, [(*key, *counts) for key, counts in self.doors.items()])
         if self.nodes:
-            conn.executemany(_NODE, [(name, *counts) for name, counts in self.nodes.items()])
+            redo.put(NODE, [(name, *counts) for name, counts in self.nodes.items()])
 
     @classmethod
     def load(cls, conn: sqlite3.Connection) -> Tally:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from store_kit import Desk, kept, new_source, published
+from store_kit import Desk, kept, let_the_writer_rest, new_source, published
 
 import stpd.store.writer as writer_module
 from stpd.store.base import Append, OutcomeKind
@@ -31,11 +31,17 @@ def turn(store: SqliteStore, desk: Desk, *records: bytes) -> None:
     store.turn_ends()
 
 
+def rested(store: SqliteStore) -> None:
+    """Its thread has nothing to do, and everything that it has done is heard."""
+    let_the_writer_rest(store)
+    assert store._writer._told == store._writer._heard
+
+
 async def test_a_turn_is_committed_before_it_ends(fast: SqliteStore, desk: Desk) -> None:
     brought: list[int] = []
     fast.on_commit = lambda stored: brought.extend(one.pos for one in stored)
-    await fast.flush()
     source = new_source()
+    rested(fast)
     turn(fast, desk, kept(source, 1), kept(source, 2), kept(source, 2))
     assert [outcome.kind for _, outcome in desk.answers] == [STORED, STORED, OutcomeKind.REPEAT]
     assert brought == [1, 2]
