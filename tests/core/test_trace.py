@@ -172,3 +172,34 @@ def test_it_can_be_switched_on_and_off_in_mid_session() -> None:
     assert log[0] == "connectivity:connection_started"
     session.observe(None)
     assert send() == 0
+
+
+def test_a_change_of_path_is_told_on_both_sides() -> None:
+    net, hub, edge, logs = watched(5, delay=0.02)
+    session = edge.connect(hub)
+    peer = net.establish(session)
+    net.run_for(0.5)
+    new = net.rebind(edge, ip="203.0.113.7")
+    session.migrate(now=net.now)
+    lane = session.open_stream()
+    session.write(lane, bytes(50_000))
+    net.run(lambda: hub.received_length(peer, lane) == 50_000)
+    net.run_for(1.0)
+    paths = [data for _, name, data in logs[False] if name == "connectivity:path_assigned"]
+    assert paths == [{"path_remote": {"ip": new[0], "port": new[1]}}]
+    for log in logs.values():  # either side calls the other by a fresh CID
+        assert "connectivity:connection_id_updated" in [name for _, name, _ in log]
+    ours, theirs = (
+        numbers(logs[True], "transport:packet_sent"),
+        numbers(logs[False], "transport:packet_received"),
+    )
+    assert set(theirs) <= set(ours)
+    assert len(theirs) > 0.9 * len(ours)
+    challenges = {
+        frame["frame_type"]
+        for log in logs.values()
+        for _, name, data in log
+        if name == "transport:packet_sent"
+        for frame in data.get("frames", ())
+    }
+    assert {"path_challenge", "path_response"} <= challenges
