@@ -158,7 +158,9 @@ class LimitsConfig:
     sessions: int = 10_000
     """Sessions at once."""
     handshakes_per_second: int = 200
-    """Handshakes begun a second, from all addresses (protocol §4, Limits)."""
+    """Handshakes begun a second, from all addresses (protocol §4, Limits).
+
+    Half of these, and of `half_open`, are kept for peers that were here before and show a token."""
     handshakes_per_address: int = 20
     """Handshakes begun a second from one IPv4 address or one IPv6 /64."""
     half_open: int = 256
