@@ -8,6 +8,7 @@ of a few tries counts.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,8 @@ from bench.wire import Conditions, Wire, unavailable
 REASON = unavailable()
 MIB = 1 << 20
 TRIES = 3
+BUSY = 2.0
+"""Load per processor above which a figure that is too small proves nothing."""
 
 pytestmark = [
     pytest.mark.real,
@@ -37,12 +40,17 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 
 
 def best(measure: Callable[[], float], wanted: float) -> float:
-    """Of at most TRIES, as soon as one suffices."""
+    """Of at most TRIES, as soon as one suffices. Skips where the machine has too much else to do."""
     found = 0.0
     for _ in range(TRIES):
         found = max(found, measure())
         if found >= wanted:
-            break
+            return found
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    if load > BUSY:
+        pytest.skip(
+            f"{found:.2f} instead of {wanted} at a load of {load:.1f} per processor: too busy to tell"
+        )
     return found
 
 
