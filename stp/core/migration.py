@@ -8,7 +8,8 @@
 
 (1) Only a listener follows its peer, and only the packet with the highest number yet moves it (R-8-6).
 (2) On trial no more than AMPLIFICATION × what came from there leaves, and the last validated path is kept (R-8-6).
-(3) A trial ends within TRIAL_PTOS PTO (R-8-7). Who failed one is not tried again for a while, then ever more rarely.
+(3) A trial ends within TRIAL_PTOS PTO (R-8-7). Who failed one while the peer was at the old address is not tried
+    again for a while, then ever more rarely.
 (4) Known are two paths at most, their last challenges, and MAX_REFUSED addresses, whatever the peer does.
 (5) Congestion control and round trip start anew on a path, unless only the port changed; a trial that fails gives
     back those of the old path (R-8-7).
@@ -86,6 +87,7 @@ class Migration:
         "_kept",
         "_make_congestion",
         "_make_path",
+        "_old_answers",
         "_pto",
         "_random",
         "_refused",
@@ -117,6 +119,7 @@ class Migration:
         self._pto = 0.0
         self._challenged_at = 0.0
         self._tries = 0
+        self._old_answers = False
         self._refused: dict[Any, _Refusal] = {}
 
     # -- a listener
@@ -128,7 +131,8 @@ class Migration:
         """
         space, previous = self._space, self.previous
         if previous is not None and addr == previous.addr:
-            self._go_back(now)  # the peer is where it was (RFC 9000 §9.3.3)
+            self._old_answers = True  # the peer is where it was (RFC 9000 §9.3.3)
+            self._go_back(now)
             return
         refusal = self._refused.get(addr)
         if refusal is not None and now < refusal.until:
@@ -141,6 +145,7 @@ class Migration:
             previous.challenges = ()
             self._kept = (recovery.rtt, recovery.congestion)
             self._challenged_at = -1.0
+            self._old_answers = False
         rtt, congestion = self._kept
         if host_of(addr) == host_of(previous.addr):
             self._pto = rtt.pto()
@@ -181,21 +186,27 @@ class Migration:
             self._counts.path_validations += 1
             if not path.asked_full:
                 self._space.output.challenge(self._question(path), path.datagram)
+        elif self.previous is not None and data in self.previous.challenges:
+            self._old_answers = True
 
     def _go_back(self, now: float) -> None:
         """To the last validated path: the trial is over (3)."""
         failed, previous = self._space.path, self.previous
         assert previous is not None
-        refusal = self._refused.pop(failed.addr, _Refusal(0.0, 0))
-        refusal.until = now + min(REFUSED_TIME * 2**refusal.times, REFUSED_MOST)
-        refusal.times = min(refusal.times + 1, 16)
-        self._refused[failed.addr] = refusal
-        while len(self._refused) > MAX_REFUSED:
-            del self._refused[next(iter(self._refused))]
+        if self._old_answers:
+            self._refuse(failed.addr, now)
         self.previous = None
         previous.challenges = ()
         self._use(previous, *self._kept)
         self._counts.path_reverts += 1
+
+    def _refuse(self, addr: Any, now: float) -> None:
+        refusal = self._refused.pop(addr, _Refusal(0.0, 0))
+        refusal.until = now + min(REFUSED_TIME * 2**refusal.times, REFUSED_MOST)
+        refusal.times = min(refusal.times + 1, 16)
+        self._refused[addr] = refusal
+        while len(self._refused) > MAX_REFUSED:
+            del self._refused[next(iter(self._refused))]
 
     # -- a dialling side
 

@@ -403,6 +403,21 @@ def test_both_paths_dead_for_the_listener() -> None:
     assert not talk.hub.endpoint._by_cid
 
 
+def test_an_address_that_fails_is_tried_again_at_once_if_the_old_one_is_silent() -> None:
+    """R-8-7: only a peer that is heard at its old address casts doubt on the new one."""
+    talk = flow(1)
+    talk.run(1.0)
+    new = talk.net.rebind(talk.edge)
+    back = talk.net.link(talk.hub, talk.edge)
+    back.loss = 1.0
+    talk.net.run(lambda: talk.peer.statistics().path_reverts == 1, limit=2.0)
+    back.loss = 0.0
+    talk.run(0.5)
+    assert validated(talk)
+    assert talk.peer.addr == new
+    talk.finish()
+
+
 def test_suspicion_is_for_those_who_can_move() -> None:
     """A listener never suspects; nobody has to heed the signal."""
     talk = flow(1)
