@@ -22,9 +22,9 @@ SETTLE_TIMEOUT: Final = 600.0
 """Seconds that a session may take to settle beside its successor: a reader may take records slowly."""
 
 
-def continued_by(older: Peer | None, newer: Peer, hello: Hello) -> bool:
+def continued_by(older: Peer, newer: Peer, hello: Hello) -> bool:
     """(2). *hello*: what the peer said on the newer session, which for an upstream we said continues the older."""
-    if older is None or older.link.closed is not None or older.link.peer is None:
+    if older.link.closed is not None or older.link.peer is None:
         return False
     was = older.link.peer
     same = (was.node, was.kind, was.store, was.run, was.nonce) == (
@@ -36,6 +36,19 @@ def continued_by(older: Peer | None, newer: Peer, hello: Hello) -> bool:
     )
     said = newer.link.hello.continues if newer.upstream is not None else hello.continues
     return same and bool(said) and said == older.session.id
+
+
+def pair_of(peer: Peer, hello: Hello, newest: Peer | None) -> tuple[Peer, Peer] | None:
+    """Which sessions overlap, the older first, now that *peer*'s HELLO has come; None: it takes over from nobody.
+
+    *newest*: the session of that source whose HELLO came last. It may be the one that continues this: HELLOs of two
+    sessions overtake one another.
+    """
+    said = newest.link.peer if newest is not None and newest.link.closed is None else None
+    if newest is not None and said is not None and said.continues and said.continues == peer.session.id:
+        return peer, newest
+    older = peer.older if peer.upstream is not None else newest
+    return (older, peer) if older is not None and continued_by(older, peer, hello) else None
 
 
 def begin(older: Peer, newer: Peer, now: float) -> None:

@@ -236,14 +236,15 @@ class Sessions:
                 pass  # backlog leaves as fast as credit allows
 
     def _on_hello(self, peer: Peer, hello: Hello) -> None:
-        older = peer.older if peer.upstream is not None else self._newest.get(hello.store)
-        peer.older = older if moving.continued_by(older, peer, hello) else None
-        self._replace_older(peer, hello)
+        pair = moving.pair_of(peer, hello, self._newest.get(hello.store))
+        peer.older = pair[0] if pair is not None and pair[1] is peer else None
+        if pair is None or pair[1] is peer:
+            self._replace_older(peer, hello)
         grant = None if peer.upstream is not None else self._access().grant(hello.node)
         limit = None if peer.upstream is not None else self._limit_of(hello.node)
         peer.door = Door(peer.link, hello.node, grant, peer.upstream is not None, limit)
-        if peer.older is not None:
-            self._begin_move(peer.older, peer)
+        if pair is not None:
+            self._begin_move(*pair)
             return
         self.stats.opened += 1
         log.info(
