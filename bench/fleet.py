@@ -53,7 +53,7 @@ class Node:
         self.port = free_port(socket.SOCK_DGRAM)
         self.health_port = free_port(socket.SOCK_STREAM)
         self.tls_port = free_port(socket.SOCK_STREAM)
-        self.socket = self.directory / "stp.sock"
+        self.socket = (self.directory / "stp.sock").resolve()
         self.management_port = free_port(socket.SOCK_STREAM)
         self.process: subprocess.Popen[bytes] | None = None
         self.config = self.directory / f"{role}.toml"
