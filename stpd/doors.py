@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -16,6 +17,7 @@ import structlog
 import trio
 
 from stp.carriers.door import Door
+from stp.carriers.streams import StreamCarrier
 from stp.carriers.tls import TlsListener, listening_sockets
 from stp.carriers.unix import UnixListener, listening_socket
 from stp.core.flow import WindowBudget
@@ -99,6 +101,7 @@ class StreamDoors:
             ),
             elsewhere=elsewhere,
         )
+        self._in_turns(listener)
         self._tls.append(listener)
         await nursery.start(listener.run)
 
@@ -118,8 +121,13 @@ class StreamDoors:
             context=self._context("unix"),
             on_ready=d.sessions.on_ready,
         )
+        self._in_turns(listener)
         self._unix.append(listener)
         await nursery.start(listener.run)
+
+    def _in_turns(self, listener: StreamCarrier) -> None:
+        d = self._daemon
+        listener.turn_begins, listener.turn_ends = partial(d.turns.begin, d.store), d.turns.end
 
     def _context(self, carrier: str) -> FramedContext:
         d = self._daemon

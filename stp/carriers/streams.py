@@ -95,6 +95,10 @@ def prepare_tcp(sock: socket.socket) -> None:
                 continue
 
 
+def _nothing() -> None:
+    pass
+
+
 def plain_socket(stream: trio.SocketStream) -> socket.socket:
     """The socket of a trio stream, which is of no further use."""
     return socket.socket(fileno=stream.socket.detach())
@@ -113,6 +117,9 @@ class StreamCarrier:
         self._in_turn = False
         self._closed = False
         self._statistics = StreamStatistics()
+        self.turn_begins: Callable[[], None] = _nothing
+        self.turn_ends: Callable[[], None] = _nothing
+        """Called around what the owners of one wake-up are told."""
 
     def statistics(self) -> StreamStatistics:
         """Live counters: read, do not keep."""
@@ -281,9 +288,12 @@ class StreamCarrier:
         try:
             for _ in range(ROUNDS_PER_TURN):
                 ready, self._agenda.ready = self._agenda.ready, []
-                for session in ready:
-                    session.in_ready = False
-                    self._on_ready(session)
+                if ready:
+                    self.turn_begins()
+                    for session in ready:
+                        session.in_ready = False
+                        self._on_ready(session)
+                    self.turn_ends()
                 self._flush(now)
                 if not self._agenda.ready:
                     return
