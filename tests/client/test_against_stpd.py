@@ -27,6 +27,8 @@ listen.udp = ["127.0.0.1:{udp}"]
 management.listen = ""
 health.listen = ""
 store.budget = "64MiB"
+transport.qlog = "qlog"
+limits.echo_bytes_per_second = 100000
 log.level = "warning"
 
 [[access]]
@@ -112,6 +114,23 @@ async def test_a_rule_is_named(daemon: Daemon) -> None:
         with pytest.raises(stp.Refused):
             await anext(session.subscribe("site-a/#"))
         await session.publish("closed-1/x", b"mine again", receipt="kept")
+
+
+async def test_a_load_is_echoed_within_the_allowance(daemon: Daemon) -> None:
+    """R-10-44: what is above it is told apart from loss; and the daemon logs what it was told to log."""
+    async with stp.connect(daemon.url, identity=shared().identity("device-1")) as session:
+        within = await session.load(50_000, size=500, seconds=0.5)
+        assert 40 <= within.sent <= 51
+        assert within.answered == within.sent
+        beyond = await session.load(500_000, size=1000, seconds=0.5)
+        assert beyond.unanswered > beyond.answered > 20
+        assert beyond.lost < 0.1
+        assert session.send_datagram(b"\x80 nobody takes this")
+        assert (await session.ping()).round_trip < 5.0
+    assert daemon.stop() == 0  # so that everything is written
+    logs = [log.read_bytes() for log in (daemon.directory / "qlog").glob("*-server.sqlog")]
+    assert max(log.count(b'"frame_type":"datagram"') for log in logs) > 100
+    daemon.start()
 
 
 async def test_requests(daemon: Daemon) -> None:
