@@ -30,7 +30,8 @@ FLOORS: Final[tuple[str, ...]] = (
     " stp.core.cubic stp.core.unreliable",
     "stp.core.keys stp.core.params stp.core.tokens stp.core.acks stp.core.path stp.core.resets stp.core.streamset"
     " stp.core.tolerant",
-    "stp.core.handshake stp.core.packetizer stp.core.keepalive",
+    "stp.core.handshake stp.core.scratch",
+    "stp.core.packetizer stp.core.keepalive",
     "stp.core.events stp.core.initspace stp.core.phases stp.core.channel stp.core.units stp.core.clienthello"
     " stp.core.trace",
     "stp.core.output stp.core.routing",

@@ -49,6 +49,9 @@ DRAIN_TIME: Final = 3.0
 """Seconds for which the socket that was left is still read."""
 ROUTE_PAUSE: Final = 1.0
 """Seconds between looks whether there is a route again."""
+HEAP_KEPT: Final = 4 * 1024 * 1024
+"""Bytes of freed memory that the C library is to keep rather than give back: a burst is 64 KiB, and memory given back
+after each comes with page faults the next time."""
 RESOLVE_TIMEOUT: Final = 5.0
 """Seconds that a name may take."""
 
@@ -520,6 +523,9 @@ def _ip_address(found: tuple[str, int] | tuple[str, int, int, int] | tuple[int, 
 
 def _prepare(sock: socket.socket, counts: UdpStatistics) -> None:
     """Socket options, each of which a kernel may refuse: what it granted goes into the statistics."""
+    bytes(
+        HEAP_KEPT // 2
+    )  # glibc, mallopt(3): freeing so large a block raises M_TRIM_THRESHOLD to twice its size
     _try_option(sock, socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER) or _try_option(
         sock, socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER
     )

@@ -34,6 +34,7 @@ from stp.core.path import (
 from stp.core.phases import KeyLimits, Phases, fail_limit, seal_limit
 from stp.core.recovery import Recovery, RttEstimator
 from stp.core.routing import take_stream, take_stream_frame
+from stp.core.scratch import Scratch
 from stp.core.sizing import BASE_DATAGRAM
 from stp.core.streams import WRITABLE_ROOM
 from stp.core.streamset import StreamSet
@@ -99,14 +100,15 @@ class DataSpace:
         congestion: Callable[[int], Congestion],
         random_bytes: Callable[[int], bytes],
         key_limits: KeyLimits,
+        scratch: Scratch,
         inbox: Inbox,
     ) -> None:
         mine, theirs = (keys.client, keys.server) if dialling else (keys.server, keys.client)
         my_pn, their_pn = keys.client_pn_key, keys.server_pn_key
         if not dialling:
             my_pn, their_pn = their_pn, my_pn
-        self.sealer = Sealer(mine, my_pn, peer_cid, random_bytes, seal_limit(keys, key_limits))
-        self.opener = Opener(theirs, their_pn, cid)
+        self.sealer = Sealer(mine, my_pn, peer_cid, random_bytes, seal_limit(keys, key_limits), scratch)
+        self.opener = Opener(theirs, their_pn, cid, scratch)
         self.phases = Phases(keys, mine, theirs, key_limits, path.datagram)
         self.fail_limit = fail_limit(keys, key_limits)
         self.acks = AckTracker()

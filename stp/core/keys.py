@@ -106,6 +106,11 @@ class Aead:
                 del oldest.encrypt, oldest.decrypt
         return found[name == "decrypt"]
 
+    def cipher(self) -> object:
+        """The cipher itself, made ready: newer versions of `cryptography` have `encrypt_into` and `decrypt_into`."""
+        found: object = self.encrypt.__self__  # type: ignore[attr-defined]
+        return found
+
     def opening(self) -> tuple[_Cipher, int]:
         """`decrypt` and `iv_int`, for a loop."""
         return self.decrypt, self.iv_int

@@ -16,7 +16,7 @@ from cryptography.exceptions import InvalidTag
 
 from stp.core.acks import AckTracker
 from stp.core.errors import ErrorCode, ProtocolError
-from stp.core.frames import STREAM_HEAD, STREAM_HEAD_SIZE
+from stp.core.frames import STREAM, STREAM_HEAD, STREAM_HEAD_SIZE
 from stp.core.keys import Aead, DirectionKeys
 from stp.core.packet import (
     DATA_BYTE,
@@ -27,6 +27,7 @@ from stp.core.packet import (
     whitener,
 )
 from stp.core.recovery import FrameOwner
+from stp.core.scratch import MIN_BURST, MIN_SIZE, ROOM, Scratch
 from stp.core.streams import RecvStream
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Sealer:
         "_pn_key",
         "_prefix",
         "_random",
+        "_scratch",
         "_w",
         "first",
         "limit",
@@ -105,7 +107,9 @@ class Sealer:
         cid: bytes,
         random_bytes: Callable[[int], bytes],
         limit: int = NUMBERS,
+        scratch: Scratch | None = None,
     ) -> None:
+        self._scratch = scratch or Scratch()
         self._pn_key = pn_key
         self._random = random_bytes
         self.trace: Trace | None = None
@@ -183,27 +187,51 @@ class Sealer:
         """`length` bytes of `data` from `index` on, cut into packets of `piece` bytes; at most `run` of them."""
         if self.trace is not None:
             self.trace.sealed_burst(self.next, stream, offset, length, piece, fin)
+        parts: list[bytes | memoryview] = []
+        full = (length - 1 if fin else length) // piece  # with nothing but bytes in order
+        if full >= MIN_BURST and piece >= MIN_SIZE - BULK_OVERHEAD:
+            done = self._seal_full(parts, stream, offset, data, index, full, piece)
+            index, offset, length = index + done, offset + done, length - done
         prefix, w, iv, encrypt = self._prefix, self._w, self._aead.iv_int, self._aead.encrypt
         head = STREAM_HEAD.pack
         pn = self.next
-        parts: list[bytes] = []
         add = parts.append
         stop = index + length
         last = stop - piece  # a packet that starts here or above is the last one
-        while index < last:
+        while index < stop:
             header = prefix + (pn ^ w).to_bytes(8, "big")
             add(header)
-            plain = head(4, stream, offset) + data[index : index + piece]
+            kind = 5 if fin and index >= last else 4
+            plain = head(kind, stream, offset) + data[index : min(index + piece, stop)]
             add(encrypt((iv ^ pn).to_bytes(12, "big"), plain, header))
             pn += 1
             index += piece
             offset += piece
-        header = prefix + (pn ^ w).to_bytes(8, "big")
-        add(header)
-        plain = head(5 if fin else 4, stream, offset) + data[index:stop]
-        add(encrypt((iv ^ pn).to_bytes(12, "big"), plain, header))
-        self.next = pn + 1
+        self.next = pn
         return b"".join(parts)
+
+    def _seal_full(
+        self,
+        parts: list[bytes | memoryview],
+        stream: int,
+        offset: int,
+        data: bytes,
+        index: int,
+        count: int,
+        piece: int,
+    ) -> int:
+        """`count` full packets at once: how many bytes they took, 0 where that cannot be."""
+        scratch, prefix = self._scratch, self._prefix
+        layout = scratch.layout(piece + BULK_OVERHEAD, count)
+        cid = int.from_bytes(prefix[1:], "big")
+        sealed = scratch.seal(
+            layout, self._aead, prefix[0], cid, self._w, self.next, stream, offset, data, index
+        )
+        if sealed is None:
+            return 0
+        parts.append(sealed)
+        self.next += count
+        return count * piece
 
 
 class Opener:
@@ -212,6 +240,7 @@ class Opener:
     __slots__ = (
         "_cid",
         "_pn_key",
+        "_scratch",
         "_w",
         "aead",
         "current",
@@ -221,7 +250,10 @@ class Opener:
         "repeated",
     )
 
-    def __init__(self, keys: DirectionKeys, pn_key: bytes, cid: bytes) -> None:
+    def __init__(
+        self, keys: DirectionKeys, pn_key: bytes, cid: bytes, scratch: Scratch | None = None
+    ) -> None:
+        self._scratch = scratch or Scratch()
         self._pn_key = pn_key
         self.first_byte = DATA_BYTE
         self.aead = keys.aead
@@ -285,17 +317,17 @@ class Opener:
         touched: list[tuple[RecvStream, int]] = []
         rest: list[bytes] = []
         strange: list[bytes] = []
-        opened = absorbed = 0
         stream: RecvStream | None = None
-        number, at, limit = -1, -1, 0
-        total = len(data)
-        for start in range(0, total, size):
+        number, at, limit, total, opened, absorbed = -1, -1, 0, len(data), 0, 0
+        if total >= MIN_BURST * size:
+            opened, absorbed = self._open_full(data, size, recv, expected, touched, rest)
+            expected += opened
+        for start in range(opened * size, total, size):
             kind, to, wire = header(data, start) if total - start >= _MIN_PACKET else _NO_HEADER
             if to != cid or kind != first:
                 strange.append(data[start : start + size])
                 continue
-            pn = wire ^ w
-            body = start + DATA_HEADER_LENGTH
+            pn, body = wire ^ w, start + DATA_HEADER_LENGTH
             try:
                 plain = decrypt((iv ^ pn).to_bytes(12, "big"), data[body : start + size], data[start:body])
             except InvalidTag:
@@ -330,6 +362,44 @@ class Opener:
         if expected > run:
             acks.on_run(run, expected, now)
         return opened, absorbed, touched, rest, strange
+
+    def _open_full(
+        self,
+        data: bytes,
+        size: int,
+        recv: dict[int, RecvStream],
+        pn: int,
+        touched: list[tuple[RecvStream, int]],
+        rest: list[bytes],
+    ) -> tuple[int, int]:
+        """The full packets of a buffer at once, if they are the next in sequence: how many opened, 0 if they are not;
+        how many of these held only bytes in order, which are in their streams now."""
+        if size < MIN_SIZE or len(data) > ROOM:
+            return 0, 0
+        scratch = self._scratch
+        layout = scratch.layout(size, len(data) // size)
+        if not scratch.open(layout, self.aead, self.first_byte, self._cid, self._w, pn, data):
+            return 0, 0
+        count, said = layout.count, scratch.said(layout)
+        found = scratch.one_stream(layout, said)
+        if found is not None:
+            number, offset, chunk = found
+            stream = recv.get(number)
+            if stream is not None and offset == stream.next and len(chunk) <= stream.limit - offset:
+                stream.chunks.append(chunk)
+                touched.append((stream, _settle(stream, offset + len(chunk))))
+                return count, count
+        absorbed = 0
+        for n in range(count):
+            kind, number, offset, chunk = said[4 * n : 4 * n + 4]
+            stream = recv.get(number) if kind == STREAM else None
+            if stream is not None and offset == stream.next and len(chunk) <= stream.limit - offset:
+                stream.chunks.append(chunk)
+                touched.append((stream, _settle(stream, offset + len(chunk))))
+                absorbed += 1
+            else:
+                rest.append(scratch.plaintext(layout, n))
+        return count, absorbed
 
 
 def _settle(stream: RecvStream, at: int) -> int:

@@ -437,6 +437,7 @@ class Session(AnySession):
             congestion=context.congestion,
             random_bytes=context.random_bytes,
             key_limits=context.key_limits,
+            scratch=context.scratch,
             inbox=self,
         )
         space.output.datagrams = self._datagrams

@@ -13,6 +13,7 @@ from stp.core.flow import WindowBudget
 from stp.core.handshake import PeerIdentity
 from stp.core.path import DEAD_TIME, KEEPALIVE, CidSource
 from stp.core.phases import KeyLimits
+from stp.core.scratch import Scratch
 from stp.core.sizing import BASE_DATAGRAM
 
 if TYPE_CHECKING:
@@ -97,3 +98,4 @@ class SessionContext:
     key_limits: KeyLimits = Factory(KeyLimits)
     observer: Callable[[Session, bytes], Sink | None] | None = None
     """(session, its first DCID): who wants its event log, if anybody. Asked once: when we dial, or let a peer in."""
+    scratch: Scratch = Factory(Scratch)

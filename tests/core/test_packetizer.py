@@ -50,7 +50,12 @@ class Receiver:
         )
         for stream, _ in touched:
             stream.merge()
-        return opened, absorbed, [(s.id, grown) for s, grown in touched], rest, strange
+        said: list[tuple[int, int]] = []
+        for stream, grown in touched:
+            if said and said[-1][0] == stream.id:
+                grown += said.pop()[1]
+            said.append((stream.id, grown))
+        return opened, absorbed, said, rest, strange
 
 
 def receiver(suite: str = AES, *, window: int = 1 << 20) -> Receiver:
