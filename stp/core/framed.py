@@ -492,6 +492,8 @@ class FramedSession(AnySession):
         self._enter(what)
         self._deadline = now + CLOSE_TIMEOUT
         self._streams.close()
+        if self._datagrams is not None:
+            self._datagrams.forget()
         self._early = b""
         self._reader = UnitReader()
         self._answers.clear()

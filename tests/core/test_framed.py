@@ -162,8 +162,10 @@ def test_close_is_heard_with_its_reason_behind_what_was_said_before() -> None:
     pair = Pair(11).establish()
     pair.edge.session.write(0, b"last words")
     pair.step()
+    pair.edge.session.send_datagram(b"too late")
     pair.edge.session.close(ErrorCode.GOING_AWAY, "250")
     pair.settle()
+    assert pair.hub.of(DatagramReceived) == []
     assert pair.hub.got(0) == b"last words"
     assert pair.hub.closed == SessionClosed(ErrorCode.GOING_AWAY, "250", by_peer=True)
     assert pair.edge.closed == SessionClosed(ErrorCode.GOING_AWAY, "250", by_peer=False)
@@ -528,3 +530,68 @@ def test_statistics_say_what_the_stream_knows() -> None:
     assert found.rtt_min == found.rtt_latest == pytest.approx(found.rtt)
     assert found.keepalive == KEEPALIVE
     assert found.session_credit == 2 << 20
+
+
+def test_a_timer_that_rings_too_early_does_nothing() -> None:
+    pair = Pair(39).establish()
+    pair.settle()
+    due = pair.edge.session.next_timeout()
+    pair.edge.session.handle_timeout(pair.now)
+    assert pair.edge.session.next_write(pair.now) == b""
+    assert pair.edge.session.next_timeout() == due
+
+
+def test_writing_may_bring_one_event_too_many() -> None:
+    """(5): room that comes back is an event, too."""
+    pair = Pair(40).establish()
+    pair.settle()
+    edge = pair.edge.session
+    stream = edge.open_stream()
+    edge.write(stream, bytes(SEND_BUFFER))
+    edge._events.extend(StreamWritable(0) for _ in range(MAX_EVENTS))
+    while edge.live:
+        assert edge.next_write(pair.now)
+    pair.settle()
+    assert pair.edge.closed is not None
+    assert pair.edge.closed.code is ErrorCode.LIMIT
+
+
+def test_nothing_is_heard_behind_a_close() -> None:
+    pair = Pair(41, carrier="unix", expected=None).establish()
+    pair.settle()
+    close, more = frames.Close(ErrorCode.NO_ERROR, "").encode(), frames.Stream(0, 0, b"x").encode()
+    wire = b"".join(len(unit).to_bytes(4, "big") + unit for unit in (close, more))
+    pair.hub.session.receive(wire, pair.now)
+    pair.hub.serve()
+    assert pair.hub.got(0) == b""
+    assert pair.hub.closed == SessionClosed(ErrorCode.NO_ERROR, "", by_peer=True)
+    pair.hub.session.handle_timeout(pair.now + 1000.0)
+    assert pair.hub.session.state is State.CLOSED
+
+
+def test_a_listener_that_tells_nobody_refuses_all_the_same() -> None:
+    pair = Pair(42, authorise=lambda peer: "no")
+    pair.hub.context.on_refused = None
+    pair.settle()
+    assert pair.hub.session.refused
+    assert pair.edge.closed == SessionClosed(ErrorCode.AUTH, "no", by_peer=True)
+
+
+def test_a_stream_is_stopped_once() -> None:
+    pair = Pair(43).establish()
+    edge = pair.edge.session
+    stream = edge.open_stream()
+    edge.write(stream, b"x")
+    pair.settle()
+    edge._streams.send[stream].reset_code = 7
+    pair.inject(pair.edge, frames.StopSending(stream, 9).encode())
+    assert pair.edge.of(StreamStopped) == []
+
+
+def test_the_end_of_tls_waits_for_the_end_of_the_stream() -> None:
+    """close_notify says nothing that CLOSE or the end of TCP do not say."""
+    pair = Pair(44).establish()
+    pair.settle()
+    pair.edge.session._channel._tls.shutdown()  # type: ignore[attr-defined]
+    pair.hub.session.receive(pair.edge.session._channel._tls.bio_read(1000), pair.now)  # type: ignore[attr-defined]
+    assert pair.hub.session.live
