@@ -43,7 +43,6 @@ class Site:
         self.hub = fleet.hub(extra=signs + CLOCK)
         self.gateway = fleet.gateway(upstream=self.hub, extra=CLOCK)
         (self.hub.directory / "state").mkdir()
-        self.note(self.gateway.identity, "gateway")
 
     def note(self, bundle: Path, role: str) -> None:
         """As if it had enrolled at the hub, whose registry this file is."""
@@ -58,16 +57,18 @@ class Site:
             not_after=identity.not_after.timestamp(),
         )
 
-    def shorten(self, node: Node, seconds: float) -> None:
-        """Another certificate for a gateway, that soon ends."""
-        self.fleet.issue(node.name, node.role, node.identity, self.hub, timedelta(seconds=seconds))
-        self.note(node.identity, node.role)
+    def start(self, seconds: float = 86400.0) -> None:
+        """The gateway's certificate ends so many seconds after the hub was up: a busy machine is slow to start."""
+        self.hub.start()
+        gateway = self.gateway
+        self.fleet.issue(gateway.name, gateway.role, gateway.identity, self.hub, timedelta(seconds=seconds))
+        self.note(gateway.identity, gateway.role)
+        hang_up(self.hub)
+        gateway.start()
 
     def device(self, name: str, seconds: float = 86400.0) -> Path:
         path = self.fleet.directory / f"{name}.pem"
-        self.fleet.issue(name, "device", path, self.gateway, timedelta(seconds=seconds))
-        self.note(path, "device")
-        return path
+        return self.fleet.issue(name, "device", path, self.gateway, timedelta(seconds=seconds))
 
     def renew(self) -> str:
         """`stpd renew` for the gateway, as its timer runs it."""
@@ -88,7 +89,10 @@ class Site:
     def session_of(self, node: str, at: Node) -> dict[str, Any] | None:
         """What `stpctl sessions show` says of the newest session of a node."""
         found = [one for one in at.ctl("sessions", "list") if one["node"] == node and one["state"] == "open"]
-        return at.ctl("sessions", "show", found[-1]["id"]) if found else None
+        try:
+            return at.ctl("sessions", "show", found[-1]["id"]) if found else None
+        except RuntimeError:  # it ended between the two questions
+            return None
 
 
 def hang_up(node: Node) -> None:
@@ -111,17 +115,15 @@ async def until(found: Callable[[], Any], seconds: float) -> Any:
 
 
 async def test_a_certificate_is_renewed_under_traffic_and_nobody_notices(tmp_path: Path) -> None:
-    """Seven seconds of life, `stpd renew` and SIGHUP under load: a fresh session, no outage, nothing lost."""
+    """Nine seconds of life, `stpd renew` and SIGHUP under load: a fresh session, no outage, nothing lost."""
     with Fleet(tmp_path) as fleet:
         site = Site(fleet)
-        site.shorten(site.gateway, 7)
-        born = time.monotonic()
-        site.hub.start()
-        site.gateway.start()
+        site.start(9)
+        end = Identity.load(site.gateway.identity).not_after.timestamp()
         async with Traffic(fleet, site.gateway, site.hub, publishers=2, workers=2) as traffic:
             before = await until(lambda: site.session_of("edge-1", site.hub), 10)
             now_ms = time.time() * 1000
-            assert before["certificate_not_after_ms"] < now_ms + 7000
+            assert before["certificate_not_after_ms"] < now_ms + 9000
             await trio.to_thread.run_sync(site.renew)
             hang_up(site.gateway)
 
@@ -131,7 +133,7 @@ async def test_a_certificate_is_renewed_under_traffic_and_nobody_notices(tmp_pat
 
             after = await until(fresh, 10)
             assert after["id"] != before["id"]
-            await trio.sleep(max(0.0, born + 8.5 - time.monotonic()))
+            await trio.sleep(max(0.0, end + 1.5 - time.time()))
             assert (await trio.to_thread.run_sync(site.session_of, "edge-1", site.hub))["id"] == after["id"]
             await traffic.stop(timeout=30)
         traffic.check()
@@ -150,10 +152,8 @@ async def test_fault_25_a_certificate_that_lapsed_is_renewed_and_lets_the_gatewa
     """Its session ends at notAfter; `stpd renew` and SIGHUP bring it back at once. A reload ends what it revokes."""
     with Fleet(tmp_path) as fleet:
         site = Site(fleet)
-        site.shorten(site.gateway, 4)
+        site.start(5)
         end = Identity.load(site.gateway.identity).not_after.timestamp()
-        site.hub.start()
-        site.gateway.start()
         (closed,) = await until(lambda: events(site.hub, "session_closed"), 30)
         assert closed["code"] == "EXPIRED"
         assert 0 <= time.time() - end < 4
@@ -186,11 +186,12 @@ async def test_fault_25_expired_and_revoked_devices_are_out(tmp_path: Path) -> N
     """At a gateway that is told by the hub. The revoked one stays out when both start anew, without the hub."""
     with Fleet(tmp_path) as fleet:
         site = Site(fleet)
-        short, stolen = site.device("short-1", 5), site.device("stolen-1")
-        end = Identity.load(short).not_after.timestamp()
-        site.hub.start()
-        site.gateway.start()
+        stolen = site.device("stolen-1")
+        site.note(stolen, "device")
+        site.start()
         await until(lambda: site.session_of("edge-1", site.hub), 15)
+        short = site.device("short-1", 6)
+        end = Identity.load(short).not_after.timestamp()
         said: dict[str, list[str]] = {"short-1": [], "stolen-1": []}
         async with trio.open_nursery() as nursery:
             nursery.start_soon(keep_publishing, short, site.gateway.url, said["short-1"])
