@@ -152,7 +152,7 @@ def edge(hub: Stpd, tmp_path: Path) -> Iterator[Stpd]:
 
 
 VIEWS = ["status", "sessions list", "edges list", "edges lag", "upstreams list", "readers list"]
-VIEWS += ["buffer show", "ledger show", "keys list"]
+VIEWS += ["buffer show", "ledger show", "keys list", "nodes list"]
 
 
 def test_a_new_hub_answers_every_question_and_ends_as_told(hub: Stpd) -> None:
