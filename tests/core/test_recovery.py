@@ -454,3 +454,26 @@ def test_forgotten_means_silent() -> None:
     assert rec.next_timeout() is None
     assert not owner.lost
     assert rec.in_flight == 0
+
+
+def test_what_left_on_another_path_says_nothing_of_this_one() -> None:
+    """Promise (5); RFC 9000 §9.4: no room is taken, no round trip measured, no window reduced, yet all is told."""
+    rec, owner = recovery(0.1), Owner()
+    for pn in range(10):
+        send(rec, owner, pn, 1.0, 1000)
+    fresh, window = RttEstimator(guess=0.3), NewReno(1200)
+    rec.move(10, fresh, window, Sizer())
+    assert rec.in_flight == 0
+    rec.on_ack([(2, 4)], 0.0, 1.5)
+    assert not fresh.sampled
+    assert window.cwnd == NewReno(1200).cwnd
+    for pn in range(10, 14):
+        send(rec, owner, pn, 2.0, 1000)
+    assert rec.in_flight == 4000
+    rec.on_ack([(13, 14)], 0.0, 2.05)
+    assert fresh.latest == pytest.approx(0.05)
+    assert set(owner.lost) >= {0, 1, *range(4, 10)}  # lost on the way, or with the path
+    assert window.cwnd < NewReno(1200).cwnd  # for 10, which left here
+    assert rec.in_flight == 2000
+    rec.on_ack([(10, 14)], 0.0, 2.06)
+    assert rec.in_flight == 0

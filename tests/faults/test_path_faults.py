@@ -483,14 +483,19 @@ def test_the_interval_settles_below_what_the_nat_bears(patience: float) -> None:
 
 @pytest.mark.parametrize("seed", seeds(10, 400))
 def test_any_schedule_of_changes(seed: int) -> None:
-    """Ports, addresses, moves on purpose, copies from elsewhere, loss and reordering, at random: all arrives once."""
+    """Ports, addresses, moves on purpose, copies from elsewhere, loss and reordering, at random: all arrives once.
+
+    Not both at once, copies that always come first and a change of address: that peer is never heard first. And each
+    change is followed by something that the dialling side says, or the listener could not know.
+    """
     rng = random.Random(seed)
     loss, jitter = rng.choice([0.0, 0.02, 0.15]), rng.choice([0.0, 0.01, 0.04])
     delay = rng.choice([0.001, 0.015, 0.1])
-    talk = flow(seed, rate=rng.choice([5_000.0, 100_000.0]), delay=delay, loss=loss, jitter=jitter)
+    talk = flow(seed, rate=rng.choice([5_000.0, 30_000.0]), delay=delay, loss=loss, jitter=jitter)
     talk.edge.moves = rng.random() < 0.5
     for n in range(rng.randrange(3, 12)):
         what = rng.randrange(5)
+        talk.net.link(talk.edge, talk.hub).hook = None
         if what == 0:
             talk.net.rebind(talk.edge, keep=rng.random() < 0.3)
         elif what == 1:
@@ -503,8 +508,7 @@ def test_any_schedule_of_changes(seed: int) -> None:
             copier = Copier(talk, addr=("198.51.100.66", 1000 + n))
             share = rng.random()
             copier.wanted = lambda n, share=share: rng.random() < share  # type: ignore[misc]
-        else:
-            talk.net.link(talk.edge, talk.hub).hook = None
         talk.run(rng.choice([0.02, 0.2, 1.5]))
     talk.net.link(talk.edge, talk.hub).hook = None
-    talk.finish(60.0)
+    talk.run(3.0)
+    talk.finish(120.0)
