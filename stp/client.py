@@ -29,7 +29,6 @@ import trio
 from attrs import evolve
 
 from stp.batch import Properties, node_id
-from stp.connection import Owner
 from stp.control import Hello, Subscribe, Unsubscribe
 from stp.core.errors import MessageError, UsageError
 from stp.core.events import DatagramReceived
@@ -38,6 +37,7 @@ from stp.echo import LoadReport
 from stp.enrol import IdentitySource
 from stp.identity import Identity, parse_url
 from stp.lifetimes import REHANDSHAKE
+from stp.lines import Owner
 from stp.link import (
     Link,
     LinkEvent,

@@ -7,36 +7,30 @@
 (4) A first attempt that the peer refuses by certificate is final: Rejected. Later ones are tried on, and told.
 (5) Make before break (R-9-4): a session dialled beside the present one takes over when its HELLO has come. The old
     one carries until both sides have settled what they sent on it: nothing is lost, sent twice or overtaken.
+(6) UDP first; TLS beside it where nothing answers, and back to UDP when that has stood the test (R-11-4, racing.py).
 """
 
 from __future__ import annotations
 
-import ipaddress
 import logging
-import math
-import os
 import random
-import socket
 import time
 from collections.abc import Awaitable, Callable
-from typing import Final, Protocol, TypeAlias
+from functools import partial
+from typing import Final
 
 import trio
-from attrs import Factory, define, evolve
+from attrs import evolve
 
-from stp.carriers.udp import LOOPBACK_DATAGRAM, UdpCarrier, sizes_for
-from stp.carriers.unix import UnixCarrier
+from stp.carriers.udp import UdpCarrier
 from stp.control import Goaway, Hello
-from stp.core.endpoint import Endpoint, EndpointConfig
 from stp.core.errors import ErrorCode, StpError
-from stp.core.path import KEEPALIVE
 from stp.core.verbs import AnySession
-from stp.identity import Address, ContextCache, Identity
-from stp.kept_tokens import KeptTokens
 from stp.lifetimes import REHANDSHAKE, Expiry, renew_in
+from stp.lines import ConnectionStatistics, Line, Owner
 from stp.link import GoawayReceived, HelloReceived, Link, LinkClosed, LinkEvent, MovedReceived
-from stp.networks import Here
-from stp.qlog import QlogDirectory
+from stp.racing import PROBE_TIMEOUT, SILENCE, TLS, UDP, ProbeBack, tls_after
+from stp.ways import Carrier, Dial, Ways
 
 log: Final = logging.getLogger("stp.client")
 
@@ -45,8 +39,6 @@ BACKOFF_CEILING: Final = 5.0
 """Seconds between attempts, before jitter (half to whole of it)."""
 MAX_SLOT: Final = 60.0
 """Seconds: the longest reconnect slot of a peer that we heed."""
-RESOLVE_TIMEOUT: Final = 5.0
-"""Seconds for a name server to answer."""
 CHECK_INTERVAL: Final = 1.0
 """Seconds between looks at the link's deadlines."""
 CLOSE_TIMEOUT: Final = 1.0
@@ -86,115 +78,39 @@ class Rejected(StpError):  # noqa: N818 - read as a sentence
         self.by_peer = by_peer
 
 
-@define
-class ConnectionStatistics:
-    """Counts since the start. `rtt` is the smoothed round trip in seconds, 0 before it is known."""
-
-    attempts: int = 0
-    connects: int = 0
-    lost: int = 0
-    moves: int = 0
-    """Sessions that took over from one that still carried (5)."""
-    rtt: float = 0.0
-
-
-class Carrier(Protocol):
-    """What moves the bytes of one session: UdpCarrier, TlsCarrier."""
-
-    def wake(self) -> None: ...
-    def send_now(self) -> None: ...
-    def close(self) -> None: ...
-    async def run(self, *, task_status: trio.TaskStatus[None] = ...) -> None: ...
-
-
-Dial: TypeAlias = Callable[[Callable[[AnySession], None]], Awaitable[tuple[AnySession, Carrier]]]
-"""`await dial(on_ready)` begins one session, with a carrier of its own that nobody runs yet. Raises OSError."""
-
-
-@define
-class Owner:
-    """What the owner of a connection does with its sessions; all but `move` and what follows it are asked of one
-    session at a time."""
-
-    up: Callable[[Link], None]
-    """A session is there; none was."""
-    event: Callable[[Link, LinkEvent], None]
-    down: Callable[[], None]
-    """There is none any more."""
-    idle: Callable[[], None] = lambda: None
-    """The events of one wake-up were given."""
-    move: Callable[[Link], None] = lambda link: None
-    """A session is there beside the present one, and takes over: send there what was not sent here, as soon as what
-    was sent here is answered. Events of both come until `left`."""
-    settled: Callable[[Link], bool] = lambda link: True
-    """Is everything answered that was sent on this older session?"""
-    left: Callable[[Link], None] = lambda link: None
-    """An older session is gone, settled or not: what it left unanswered goes to the present one."""
-
-
-@define(eq=False)
-class Line:
-    """One session of a connection and what carries it: dialled, up, or settling beside its successor."""
-
-    link: Link
-    carrier: Carrier
-    leaf: bytes
-    """Our certificate on it."""
-    ready: trio.Event = Factory(trio.Event)
-    """The peer's HELLO has come, or it ended before."""
-    ended: trio.Event = Factory(trio.Event)
-    closed: LinkClosed | None = None
-    up_at: float = math.inf
-    """When the peer's HELLO came."""
-    renew_at: float = math.inf
-    """When another is dialled beside it (R-9-4)."""
-    settle_by: float = math.inf
-    """Its successor is up: when it is closed, settled or not."""
-    moved: bool = False
-    """The peer has said that it sends nothing more here."""
-
-
 class Connection:
     """One session at a time to one address, and for a moment the one before beside it (5)."""
 
     def __init__(
         self,
-        target: Address,
-        identity: Identity,
-        contexts: ContextCache,
+        ways: Ways,
         hello: Hello,
         owner: Owner,
         *,
-        network_keys: Callable[[], tuple[bytes, ...]],
         prepare: Callable[[], Awaitable[None]],
-        keepalive: float = KEEPALIVE,
         rehandshake: float = REHANDSHAKE,
         expiry: Expiry | None = None,
-        tokens: KeptTokens | None = None,
-        qlog: QlogDirectory | None = None,
-        place: Here | None = None,
     ) -> None:
-        self.target = target
+        self.target = target = ways.target
         self.where = target.where
+        self.ways = ways
+        self.dial_udp: Callable[..., Awaitable[tuple[AnySession, Carrier]]] = ways.udp
+        self.dial_tls: Dial | None = ways.tls if target.tls and not target.path else None
+        """None: there is no other way than UDP, or than the Unix socket."""
         self.link: Link | None = None
         """The link while it is up."""
         self.cause = ""
         """Why the last attempt or session ended, in words."""
         self.stats = ConnectionStatistics()
-        self._identity = identity
-        self._contexts = contexts
         self._hello = hello
         self._owner = owner
-        self._network_keys = network_keys
         self._prepare = prepare
-        self._keepalive = keepalive
         self._rehandshake = rehandshake
         self._expiry = expiry or Expiry()
-        self._tokens = tokens or KeptTokens()
-        self._qlog = qlog
-        self._place = place or Here()
         self._line: Line | None = None
         """What is up, or is to be."""
+        self._rival: Line | None = None
+        """Over TLS, while `_line` has not answered over UDP: the first HELLO wins (6)."""
         self._beside: Line | None = None
         """Dialled while `_line` is up; takes over when its HELLO has come."""
         self._older: list[Line] = []
@@ -210,6 +126,7 @@ class Connection:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._keep_fresh)
+            nursery.start_soon(self._probe_back)
             await self._keep_up()
             nursery.cancel_scope.cancel()
 
@@ -289,11 +206,26 @@ class Connection:
 
     async def _attempt(self, failures: int) -> LinkClosed:
         """Dial, and wait until that session, and every one that took over from it, has ended. Raises OSError."""
-        line: Line | None = await self._open(lambda on_ready: self.dial_udp(on_ready, failures))
+        try:
+            line: Line | None = await self._open(lambda on_ready: self.dial_udp(on_ready, failures))
+        except OSError as error:
+            if self.dial_tls is None:
+                raise
+            self.cause = str(error)
+            line = await self._open(self.dial_tls)
         assert line is not None
         self._line = line
         self._serve_soon(line)
+        async with trio.open_nursery() as nursery:
+            if self.dial_tls is not None and line.carrier_name == UDP:
+                nursery.start_soon(self._race, line, tls_after(self.ways.place.carrier()))
+            closed = await self._until_over(line)
+            nursery.cancel_scope.cancel()
+        return closed
+
+    async def _until_over(self, line: Line | None) -> LinkClosed:
         while True:
+            assert line is not None
             await line.ended.wait()
             closed = line.closed
             line = self._wanted()
@@ -301,17 +233,34 @@ class Connection:
                 assert closed is not None
                 return closed
 
+    async def _race(self, line: Line, after: float) -> None:
+        """Dial TLS beside a session over UDP that does not answer (6)."""
+        with trio.move_on_after(after):
+            await line.ready.wait()
+        if self.link is not None or line.closed is not None or self.dial_tls is None:
+            return
+        try:
+            rival = await self._open(self.dial_tls)
+        except OSError as error:
+            self.cause = f"{self.cause}; {error}" if self.cause else str(error)
+            return
+        if self.link is not None or self._line is None:
+            rival.carrier.close()
+            return
+        self._rival = rival
+        self._serve_soon(rival)
+
     def _wanted(self) -> Line | None:
         return self._line
 
     async def _open(self, dial: Dial, continues: Line | None = None) -> Line:
         """A session that has begun, as yet unserved. Raises OSError."""
         await self._prepare()
-        leaf, hello = self._contexts.leaf_der(), self._hello
+        leaf, hello = self.ways.contexts.leaf_der(), self._hello
         if continues is not None:
             hello = evolve(hello, continues=continues.link.session.id or b"")
         if self.target.path:
-            dial = self._dial_unix
+            dial = self.ways.unix
         session, carrier = await dial(self._on_ready)
         link = Link(
             session,
@@ -321,62 +270,9 @@ class Connection:
         )
         line = link.app = Line(link, carrier, leaf)
         session.app = link
+        if isinstance(carrier, UdpCarrier):
+            carrier.on_rebind = partial(self._doubt, line)
         return line
-
-    async def _dial_unix(self, on_ready: Callable[[AnySession], None]) -> tuple[AnySession, Carrier]:
-        """A `Dial` over a Unix socket: there is one way to it only."""
-        expected = self._identity.domain, self.target.node
-        carrier = await UnixCarrier.dial(
-            self.target.path, on_ready=on_ready, expected=expected, keepalive=self._keepalive
-        )
-        return carrier.session, carrier
-
-    async def dial_udp(
-        self, on_ready: Callable[[AnySession], None], failures: int = 0
-    ) -> tuple[AnySession, Carrier]:
-        """A `Dial` over UDP, from a socket of its own (3); `failures` picks another of the name's addresses."""
-        host, port = await self._resolve(failures)
-        endpoint = Endpoint(
-            EndpointConfig(
-                tls=self._contexts.tls,
-                leaf_der=self._contexts.leaf_der,
-                network_keys=self._network_keys(),
-                random_bytes=os.urandom,
-                max_datagram=LOOPBACK_DATAGRAM,
-                sizes_for=sizes_for,
-                keepalive=self._keepalive,
-                observer=self._qlog.observe if self._qlog is not None else None,
-            )
-        )
-        local = "::" if ipaddress.ip_address(host.partition("%")[0]).version == 6 else "0.0.0.0"
-        carrier = await UdpCarrier.bind(endpoint, local, on_ready=on_ready, movable=True)
-        try:
-            address = await carrier.resolve(host, port)
-        except BaseException:
-            carrier.close()
-            raise
-        session = endpoint.connect(
-            address,
-            expected_node=self.target.node,
-            expected_domain=self._identity.domain,
-            now=trio.current_time(),
-            token=self._tokens.take(self._peer_name()),
-            keepalive=self._place.learner() if self._keepalive == KEEPALIVE else None,
-        )
-        return session, carrier
-
-    async def _resolve(self, failures: int) -> tuple[str, int]:
-        """One of the name's addresses; another after each failure. Raises OSError."""
-        with trio.move_on_after(RESOLVE_TIMEOUT):
-            try:
-                found = await trio.socket.getaddrinfo(
-                    self.target.host, self.target.port, type=socket.SOCK_DGRAM
-                )
-            except OSError as error:
-                raise OSError(error.errno, f"cannot resolve {self.target.host}: {error.strerror}") from error
-            host, port = found[failures % len(found)][4][:2]
-            return str(host), int(port)
-        raise OSError(f"cannot resolve {self.target.host}: no answer in {RESOLVE_TIMEOUT:g} s")
 
     def _serve_soon(self, line: Line) -> None:
         assert self._nursery is not None
@@ -393,7 +289,7 @@ class Connection:
                         await line.ended.wait()
                     if not line.ended.is_set():
                         self._check(line)
-                    await self._place.keep()
+                    await self.ways.place.keep()
                 nursery.cancel_scope.cancel()
         finally:
             # cancelled: the peer need not find out by silence
@@ -489,7 +385,7 @@ class Connection:
             if self.link is None or line is None or trio.current_time() < again:
                 continue
             await self._prepare()
-            if trio.current_time() < line.renew_at and self._contexts.leaf_der() == line.leaf:
+            if trio.current_time() < line.renew_at and self.ways.contexts.leaf_der() == line.leaf:
                 continue
             try:
                 fresh = await self.dial_beside()
@@ -498,6 +394,83 @@ class Connection:
                 fresh = False
             if not fresh:
                 again = trio.current_time() + RENEWAL_RETRY * random.uniform(0.5, 1.0)
+
+    # -- from UDP to TLS, and back (6) -----------------------------------------------------------------------
+
+    def _doubt(self, line: Line) -> None:
+        """The session took another local port, because nothing came back. If that does not help, UDP does not."""
+        if line is self._line and self.link is not None and self.dial_tls is not None and not line.doubted:
+            assert self._nursery is not None
+            line.doubted = True
+            self._nursery.start_soon(self._leave_if_silent, line)
+
+    async def _leave_if_silent(self, line: Line) -> None:
+        heard = line.link.session.statistics().datagrams_in
+        await trio.sleep(SILENCE)
+        line.doubted = False
+        if line is not self._line or line.closed is not None:
+            return
+        if line.link.session.statistics().datagrams_in != heard:
+            return
+        log.warning("nothing comes back from %s over UDP: trying TLS", self._peer_name())
+        try:
+            moved = await self.dial_beside(self.dial_tls)
+        except OSError as error:
+            log.warning("no way to %s over TLS either: %s", self._peer_name(), error)
+            return
+        if (
+            moved and line.closed is None
+        ):  # it hears no answer any more: what it has unanswered goes over the new one
+            line.settle_by = trio.current_time()
+            self._settle(line)
+
+    async def _probe_back(self) -> None:
+        """On TLS: look again and again whether UDP works, and move back."""
+        back: ProbeBack | None = None
+        while True:
+            await trio.sleep(RENEWAL_CHECK if back is None else max(0.0, back.due - trio.current_time()))
+            line = self._line
+            if self.link is None or line is None or line.carrier_name != TLS:
+                back = None
+                continue
+            if back is None:
+                back = ProbeBack(line.up_at, random.random)
+                continue
+            if not await self._probe():
+                back.failed(trio.current_time())
+            elif back.answered(trio.current_time()):
+                try:
+                    moved = await self.dial_beside(self.dial_udp)
+                except OSError:
+                    moved = False
+                if moved:
+                    self.ways.place.worked(UDP)
+                    back = None
+                else:
+                    back.failed(trio.current_time())
+
+    async def _probe(self) -> bool:
+        """Is a handshake over UDP answered?"""
+        answered = trio.Event()
+
+        def on_ready(session: AnySession) -> None:
+            if not session.live or session.id is not None:
+                answered.set()
+
+        try:
+            session, carrier = await self.dial_udp(on_ready)
+        except OSError:
+            return False
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(carrier.run)
+            carrier.wake()
+            with trio.move_on_after(PROBE_TIMEOUT):
+                await answered.wait()
+            well = session.live and answered.is_set()
+            session.close(ErrorCode.NO_ERROR, "", now=trio.current_time())
+            carrier.close()
+            nursery.cancel_scope.cancel()
+        return well
 
     # -- what sessions say ---------------------------------------------------------------------------------
 
@@ -515,32 +488,41 @@ class Connection:
             if isinstance(event, HelloReceived):
                 if line is self._beside:
                     self._move(line)
-                elif line is self._line:
+                elif line is self._line or line is self._rival:
                     self._up(line)
             elif isinstance(event, GoawayReceived) and line is self._line:
                 self._heed(event.goaway)
             elif isinstance(event, MovedReceived):
                 line.moved = True
-            if line is not self._beside:
+            if line is self._line or line in self._older:
                 self._owner.event(link, event)
         if events:
             self._owner.idle()
         if link.token:
             token, link.token = link.token, b""
             if self._nursery is not None:
-                self._nursery.start_soon(trio.to_thread.run_sync, self._tokens.put, self._peer_name(), token)
+                self._nursery.start_soon(
+                    trio.to_thread.run_sync, self.ways.tokens.put, self._peer_name(), token
+                )
         if line in self._older and line.closed is None:
             self._settle(line)
 
     def _up(self, line: Line) -> None:
-        """(1)"""
+        """(1), and the end of a race (6)."""
+        loser = self._rival if line is self._line else self._line
+        self._line, self._rival = line, None
+        if loser is not None:
+            loser.link.close(ErrorCode.NO_ERROR, "", trio.current_time())
+            loser.carrier.wake()
         self.link = line.link
         self.stats.connects += 1
         self.cause = ""
         self._set_age(line)
         log.info("%s", self.describe())
+        self.ways.place.worked(line.carrier_name)
         self._owner.up(line.link)
         self._first.set()
+        line.ready.set()
 
     def _heed(self, goaway: Goaway) -> None:
         self._slot = goaway.slot_ms / 1000
@@ -554,11 +536,14 @@ class Connection:
         elif line is self._beside:
             self._beside = None
             log.warning("no fresh session with %s: %s", self._peer_name(), _words(closed))
+        elif line is self._rival:
+            self._rival = None
         elif line is self._line:
             self.cause = _words(closed)
             if closed.code is ErrorCode.GOING_AWAY and closed.reason.isdigit():
                 self._slot = int(closed.reason) / 1000
-            self._line, self._beside = self._beside, None  # one that is being dialled is the next attempt
+            # one that is being dialled is the next attempt
+            self._line, self._beside, self._rival = self._beside or self._rival, None, None
             self._down()
         line.ready.set()
         line.ended.set()

@@ -9,15 +9,17 @@ from typing import Final
 
 import trio
 
-from stp.connection import Connection, Owner
+from stp.connection import Connection
 from stp.control import Hello
 from stp.core.errors import StpError
 from stp.core.path import KEEPALIVE
 from stp.identity import Address, ContextCache, Identity, TimeFloor
 from stp.kept_tokens import KeptTokens
 from stp.lifetimes import REHANDSHAKE, Expiry
+from stp.lines import Owner
 from stp.networks import Here, Networks
 from stp.qlog import QlogDirectory
+from stp.ways import Ways
 
 log: Final = logging.getLogger("stp.client")
 
@@ -79,20 +81,23 @@ class Dialler:
         identity = self.identity
         software = f"stp/{SOFTWARE_VERSION}"
         hello = Hello(identity.domain, identity.node, source, self.run, self._nonce, self._kind, software)
-        return Connection(
+        ways = Ways(
             self.target,
             identity,
             self._contexts,
-            hello,
-            owner,
             network_keys=lambda: self._network_keys,
-            prepare=self._take_renewed,
             keepalive=keepalive,
             qlog=self._qlog,
-            rehandshake=self._rehandshake,
-            expiry=self._expiry,
             tokens=self._tokens,
             place=self._place,
+        )
+        return Connection(
+            ways,
+            hello,
+            owner,
+            prepare=self._take_renewed,
+            rehandshake=self._rehandshake,
+            expiry=self._expiry,
         )
 
     async def _take_renewed(self) -> None:

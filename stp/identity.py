@@ -51,6 +51,7 @@ BUILD_TIME: Final = 1_793_491_200.0
 """Unix seconds, 2026-11-01: no clock that shows less is right. Moved forward with each release."""
 
 DEFAULT_PORT: Final = 9000
+TLS_PORT: Final = 8443
 UNIX_SCHEME: Final = "stp+unix://"
 """UDP port of protocol §1."""
 
@@ -110,6 +111,8 @@ class Address:
     port: int = DEFAULT_PORT
     path: str = ""
     """Of a Unix socket; `host` and `port` mean nothing then."""
+    tls: int = TLS_PORT
+    """TCP port for TLS, where UDP does not get through; 0: do not try."""
 
     @property
     def where(self) -> str:
@@ -366,8 +369,8 @@ def unix_path(url: str) -> str:
 
 
 def parse_url(url: str, upstream: Upstream | None = None) -> Address:
-    """Read `stp://[node@]host[:port]`; the node defaults to that of `upstream`. Raises IdentityError."""
-    advice = "write stp://[node@]host[:port], or stp+unix:///path/of/socket"
+    """Read `stp://[node@]host[:port][?tls=port]`; the node defaults to that of `upstream`. Raises IdentityError."""
+    advice = "write stp://[node@]host[:port][?tls=port], or stp+unix:///path/of/socket; tls=0 is UDP only"
     path = unix_path(url)
     if path:
         return Address("", "", 0, path)
@@ -378,12 +381,16 @@ def parse_url(url: str, upstream: Upstream | None = None) -> Address:
         raise IdentityError(f"{url!r} is not an address: {exc}", advice) from exc
     if parts.scheme != "stp" or not host:
         raise IdentityError(f"{url!r} is not an stp:// address", advice)
-    if parts.path not in ("", "/") or parts.query or parts.fragment or parts.password is not None:
+    name, _, tls = parts.query.partition("=")
+    good = not parts.query or (name == "tls" and tls.isdecimal() and len(tls) <= 5 and int(tls) < 65_536)
+    if not good:
+        raise IdentityError(f"{url!r} asks for {parts.query!r}, which means nothing", advice)
+    if parts.path not in ("", "/") or parts.fragment or parts.password is not None:
         raise IdentityError(f"{url!r} has more than a node, a host and a port", advice)
     node = parts.username or (upstream.node if upstream else "")
     if not node:
         raise IdentityError(f"{url!r} does not say which node answers there", "write stp://node@host")
-    return Address(node, host, port or DEFAULT_PORT)
+    return Address(node, host, port or DEFAULT_PORT, tls=int(tls) if parts.query else TLS_PORT)
 
 
 def write_atomically(path: str | Path, data: bytes, mode: int = 0o600, *, sync: bool = True) -> None:

@@ -118,6 +118,7 @@ class Here:
         self._find = find or here
         self._key = ""
         self._learner = KeepaliveLearner()
+        self._carrier, self._changed = "", False
 
     def learner(self) -> KeepaliveLearner:
         """Of the network that we are in now; sessions dialled in one network share it."""
@@ -125,12 +126,23 @@ class Here:
         if key != self._key or not key:
             known = self.networks.get(key)
             self._key, self._learner = key, KeepaliveLearner(known.keepalive, known.too_long)
+            self._carrier, self._changed = known.carrier, False
         return self._learner
+
+    def carrier(self) -> str:
+        """The carrier that worked last in the network that we are in now; "" when nothing is known."""
+        self.learner()
+        return self._carrier
+
+    def worked(self, carrier: str) -> None:
+        """A session is up over it."""
+        if carrier in CARRIERS and carrier != self._carrier:
+            self._carrier, self._changed = carrier, True
 
     @property
     def changed(self) -> bool:
         """There is something to `save`."""
-        return self._learner.changed and bool(self._key)
+        return (self._learner.changed or self._changed) and bool(self._key)
 
     async def keep(self) -> None:
         """`save` if there is something to, in a worker thread. Call it every now and then."""
@@ -140,9 +152,10 @@ class Here:
     def save(self) -> None:
         """Remember what was learned. Blocking; a worker thread may do it."""
         key, learner = self._key, self._learner
-        learner.changed = False
+        learner.changed = self._changed = False
         known = self.networks.get(key)
-        self.networks.put(key, evolve(known, keepalive=learner.interval, too_long=learner.too_long))
+        learned = evolve(known, keepalive=learner.interval, too_long=learner.too_long, carrier=self._carrier)
+        self.networks.put(key, learned)
 
 
 def parse(data: bytes) -> dict[str, Network]:

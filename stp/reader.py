@@ -11,9 +11,9 @@ from typing import Final
 
 import trio
 
-from stp.connection import Owner
 from stp.control import Subscribe
 from stp.dialler import Dialler
+from stp.lines import Owner
 from stp.link import Link, LinkEvent, RecordReceived, SubscribedReceived
 from stp.outbox import Refused
 from stp.subscriber import Inbox, Replier, Subscription

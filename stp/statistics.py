@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attrs import define
 
-from stp.connection import ConnectionStatistics
+from stp.lines import ConnectionStatistics
 from stp.outbox import OutboxStatistics
 from stp.subscriber import InboxStatistics
 

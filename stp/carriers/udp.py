@@ -140,6 +140,8 @@ class UdpCarrier:
     ) -> None:
         self.turn_begins: Callable[[], None] = _nothing
         self.turn_ends: Callable[[], None] = _nothing
+        self.on_rebind: Callable[[], None] = _nothing
+        """Called when another local port was taken."""
         """Called around the `on_ready` calls of one wake-up; what the last one queues leaves with the rest."""
         self._sock = sock
         self._movable = movable

@@ -17,9 +17,10 @@ from typing import Any
 import trio
 
 from stp.client import Client
-from stp.connection import Carrier, Connection, Dial
+from stp.connection import Connection
 from stp.core.verbs import AnySession
 from stp.outbox import Refused
+from stp.ways import Carrier, Dial
 from tests.daemon.world import Keeper, World
 from tests.identity_kit import shared
 from tests.sim import Host
@@ -78,7 +79,7 @@ class Library:
         self.client.start(world.nursery)
 
     def _in_the_world(self, connection: Connection) -> Connection:
-        connection.dial_udp = self._dial  # type: ignore[method-assign]
+        connection.dial_udp, connection.dial_tls = self._dial, None
         self.connections.append(connection)
         return connection
 

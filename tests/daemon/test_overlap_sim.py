@@ -127,7 +127,7 @@ async def test_sessions_are_replaced_by_age_and_when_a_certificate_was_renewed(
         assert connection.stats.moves == 1  # 35 s; after 15 s ± 10 %, seen at the next look, 10 s apart
         assert hub.sessions.stats.moved == 2
         assert reader.connections[0].stats.moves == 0
-        connection._contexts.identity = shared().identity("sensor-1")
+        connection.ways.contexts.identity = shared().identity("sensor-1")
         uplink.renewed()
         await world.run(lambda: connection.stats.moves == 2 and hub.sessions.stats.moved == 3, limit=25)
         assert connection.stats.lost == 0

@@ -21,8 +21,8 @@ from bench.fleet import DOMAIN, Fleet, Node
 from stp.carriers.door import MAX_PER_ADDRESS, MAX_UNPROVEN
 from stp.carriers.tls import TlsCarrier
 from stp.client import Client
-from stp.connection import Carrier
 from stp.core.verbs import AnySession
+from stp.ways import Carrier
 from tests.carrier_kit import raw
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -47,15 +47,15 @@ async def over_tls(gateway: Node, identity: Path) -> AsyncIterator[Client]:
         carrier = await TlsCarrier.dial(
             "127.0.0.1",
             gateway.tls_port,
-            tls=connection._contexts.tls,
-            leaf_der=connection._contexts.leaf_der,
+            tls=connection.ways.contexts.tls,
+            leaf_der=connection.ways.contexts.leaf_der,
             expected_node=gateway.name,
             expected_domain=DOMAIN,
             on_ready=on_ready,
         )
         return carrier.session, carrier
 
-    connection.dial_udp = dial  # type: ignore[method-assign]
+    connection.dial_udp = dial
     async with trio.open_nursery() as nursery:
         client.start(nursery)
         await client.wait_connected(10.0)
