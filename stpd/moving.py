@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 from stp.control import Hello, Moved
@@ -58,34 +59,35 @@ def begin(older: Peer, newer: Peer, now: float) -> None:
     newer.told_revoked = older.told_revoked
 
 
-def take_live(newer: Peer) -> None:
-    """The live subscriptions of the session before go on here; the first SUBSCRIBE of the newer one asks for it."""
+def before(newer: Peer) -> Iterator[Peer]:
+    """The sessions that this one continues, the nearest first: SUBSCRIBEs of two of them overtake one another."""
     older = newer.older
-    if older is None or older.successor is not newer or "" not in older.feeds or "" in newer.feeds:
-        return
-    feed = newer.feeds[""] = older.feeds.pop("")
-    newer.live, older.live = older.live, {}
-    older.leaving.append(feed)
-    feed.move(newer.link)
+    while older is not None and older.successor is not None:
+        yield older
+        older = older.older
+
+
+def take_live(newer: Peer) -> None:
+    """The live subscriptions of the sessions before go on here; the first SUBSCRIBE of the newer one asks for it."""
+    for older in before(newer):
+        if "" in older.feeds and "" not in newer.feeds:
+            feed = newer.feeds[""] = older.feeds.pop("")
+            newer.live, older.live = older.live, {}
+            older.leaving.append(feed)
+            feed.move(newer.link)
 
 
 def take_durable(newer: Peer, sub_id: str, name: str, wanted: FilterSet) -> bool:
-    """The feed of this durable name goes on here, if the session before served it with the same filters."""
-    older = newer.older
-    if older is None or older.successor is not newer:
-        return False
-    for key, feed in older.feeds.items():
-        if (
-            feed.durable
-            and feed.name == name
-            and feed.filters is not None
-            and feed.filters.filters == wanted.filters
-        ):
-            del older.feeds[key]
-            newer.feeds[sub_id] = feed
-            older.leaving.append(feed)
-            feed.move(newer.link)
-            return True
+    """The feed of this durable name goes on here, if a session before served it with the same filters."""
+    for older in before(newer):
+        for key, feed in older.feeds.items():
+            same = feed.filters is not None and feed.filters.filters == wanted.filters
+            if feed.durable and feed.name == name and same:
+                del older.feeds[key]
+                newer.feeds[sub_id] = feed
+                older.leaving.append(feed)
+                feed.move(newer.link)
+                return True
     return False
 
 

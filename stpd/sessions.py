@@ -353,6 +353,8 @@ class Sessions:
     # -- subscriptions
 
     def _on_subscribe(self, peer: Peer, wanted: Subscribe) -> None:
+        if peer.successor is not None:
+            return  # said again on the session that continues this one, and answered there
         error = self._subscribe(peer, wanted)
         if error is not None:
             self.stats.subscriptions_refused += 1
@@ -453,7 +455,7 @@ class Sessions:
                 if feed.name == name and feed.durable:
                     self._relay.detach(feed)
                     del other.feeds[sub_id]
-                    if other.link.closed is None and (heir is None or other is not heir.older):
+                    if other.link.closed is None and (heir is None or other not in moving.before(heir)):
                         reason = f"durable name {name} is read by a newer session"
                         other.link.send(Subscribed(sub_id, ok=False, error=reason))
 
