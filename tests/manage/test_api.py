@@ -36,7 +36,11 @@ from tests.manage.daemon_double import (
 async def test_every_row_of_the_table_answers(tmp_path: Path) -> None:
     double = Double()
     arguments = {"{id}": "ab" * 16, "{name}": "erp"}
-    bodies = {"/v1/keys": {"role": "gateway"}, "/v1/revocations": {"node": "edge-1", "reason": "stolen"}}
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/keys": {"role": "gateway"},
+        "/v1/revocations": {"node": "edge-1", "reason": "stolen"},
+        "/v1/traces/{id}": {"for_s": 60},
+    }
     async with serving(double) as (_, port):
         client = await connect(port, tmp_path)
         for method, pattern in HANDLERS:
