@@ -181,10 +181,11 @@ def upstreams_list(session: Session) -> None:
 
         now = int(time.time() * 1000)
         return table(
-            ["node", "url", "state", "since", "rtt ms", "behind", "oldest", "in custody", "last error"],
+            ["node", "url", "state", "since", "over", "rtt ms", "behind", "oldest", "in custody", "last error"],
             [
-                (u.node, u.url, u.state, instant(u.since_ms, now), round(u.rtt_ms, 1), u.behind_messages,
-                 span(u.oldest_age_s) if u.behind_messages else "-", u.custody_messages, u.last_error or "-")
+                (u.node, u.url, u.state, instant(u.since_ms, now), u.carrier or "-", round(u.rtt_ms, 1),
+                 u.behind_messages, span(u.oldest_age_s) if u.behind_messages else "-", u.custody_messages,
+                 u.last_error or "-")
                 for u in (from_dict(UpstreamStatus, one) for one in answer)
             ],
         )  # fmt: skip

@@ -36,6 +36,8 @@ def _uplink(u: UpstreamStatus, now_ms: int) -> str:
     parts = [f"{u.state}{since}"]
     if u.state == "connected" and u.rtt_ms:
         parts[0] += f", round trip {u.rtt_ms:.1f} ms"
+    if u.carrier == "tls":
+        parts[0] += ", over TLS, as UDP does not get through"
     if u.behind_messages:
         text = behind(u.behind_messages, u.behind_bytes, u.oldest_age_s)
         parts.append(text + (f", since {instant(u.behind_since_ms, now_ms)}" if u.behind_since_ms else ""))

@@ -14,6 +14,8 @@ from stp.topics import TopicError, check_filter
 from stpd.problems import Problem, nearest, shown
 from stpd.schema import BUILT_IN_CLASSES, MAX_CLASSES, MIB, ClassConfig, Config, UpstreamConfig
 
+PROBE_LONGEST: Final = 300.0
+"""Seconds."""
 DEFAULT_PORT: Final = 9000
 """UDP port of protocol §1."""
 MIN_BUDGET: Final = 16 * MIB
@@ -154,6 +156,13 @@ def _transport(config: Config) -> Problems:
     if not BASE_DATAGRAM <= size <= MAX_DATAGRAM:
         hint = f"write {BASE_DATAGRAM} to {MAX_DATAGRAM}; 1472 suits Ethernet, 8972 its jumbo frames"
         yield Problem(path="transport.max_datagram", message=f"{size} bytes are no packet size", hint=hint)
+    for key in ("probe", "stable"):
+        seconds = getattr(config.transport, key)
+        if not 1 <= seconds <= PROBE_LONGEST:
+            hint = f"write 1s to {PROBE_LONGEST:g}s"
+            yield Problem(
+                path=f"transport.{key}", message=f"{seconds:g} s are too few or too many", hint=hint
+            )
 
 
 def _enrol(config: Config) -> Problems:
@@ -275,9 +284,10 @@ def _class(path: str, one: ClassConfig) -> Problems:
 
 
 def split_url(url: str) -> tuple[str, str, int]:
-    """Node (or ""), host and port of stp://[node@]host[:port]. Raises ValueError."""
+    """Node (or ""), host and port of stp://[node@]host[:port][?tls=port]. Raises ValueError."""
     parts = urlsplit(url)
-    extra = parts.path not in ("", "/") or parts.query or parts.fragment or parts.password is not None
+    query = parts.query and not re.fullmatch(r"tls=[0-9]{1,5}", parts.query)
+    extra = parts.path not in ("", "/") or query or parts.fragment or parts.password is not None
     if parts.scheme != "stp" or not parts.hostname or extra or parts.port == 0:
         raise ValueError("not an stp:// address")
     return parts.username or "", parts.hostname, parts.port or DEFAULT_PORT

@@ -27,7 +27,6 @@ from stp.control import Hello
 from stp.core.endpoint import Endpoint, EndpointConfig
 from stp.core.errors import ErrorCode, HandshakeRefused
 from stp.core.handshake import PeerIdentity
-from stp.core.session import Session
 from stp.core.verbs import AnySession
 from stp.echo import ECHO_TOTAL, Allowance, Responder
 from stp.identity import (
@@ -43,8 +42,10 @@ from stpd import __version__, logs
 from stpd.access import Access
 from stpd.checks import split_address
 from stpd.config import Config, ConfigError, changes, load
+from stpd.dialling import UpstreamDialler
 from stpd.doors import StreamDoors
 from stpd.events import EventBus
+from stpd.fallback import Fallback
 from stpd.kept import count_run, listener_secrets
 from stpd.keys import JoinTokens, NodeRegistry
 from stpd.lifetimes import Lifetimes
@@ -111,8 +112,8 @@ class Daemon:
         self._path = path
         self._state = Path(config.state_dir)
         self._carriers: list[UdpCarrier] = []
-        self._dialers: dict[bool, UdpCarrier] = {}
         self.doors = StreamDoors(self)
+        self._dialler = UpstreamDialler(self)
         self._endpoints: list[Endpoint] = []
         self._endpoint_configs: list[EndpointConfig] = []
         self.turns = Turns(self._movers)
@@ -158,13 +159,13 @@ class Daemon:
         return 0.0 if self._waiting_since is None else trio.current_time() - self._waiting_since
 
     def carriers(self) -> list[UdpCarrier]:
-        return [*self._carriers, *self._dialers.values()]
+        return [*self._carriers, *self._dialler.carriers]
 
     def endpoints(self) -> list[Endpoint]:
         return list(self._endpoints)
 
     def _movers(self) -> list[Mover]:
-        return [*self._carriers, *self._dialers.values(), *self.doors.listeners]
+        return [*self._carriers, *self._dialler.movers, *self.doors.listeners]
 
     # -- life
 
@@ -215,6 +216,7 @@ class Daemon:
         self.floor = TimeFloor(self._state / "time-floor")
         self.upstream_tokens = KeptTokens(self._state / "upstream-tokens.json")
         self._place = Here(Networks(self._state / "networks.json"))
+        self._dialler.place = self._place
         self.contexts = ContextCache(self.identity, self.floor, synchronised=self.clock_synchronised)
         self.expiry = Expiry(synchronised=self.clock_synchronised)
         self.lifetimes = Lifetimes(self.registry, self.expiry)
@@ -278,7 +280,13 @@ class Daemon:
     async def _bind(self, nursery: trio.Nursery) -> None:
         for address in self.config.listen.udp:
             host, port = split_address(address)
-            carrier = await self._carrier(host, port, accept=True)
+            try:
+                carrier, _ = await self.open_udp(host, port, accept=True)
+            except OSError as error:
+                raise StartupError(
+                    f"cannot listen on UDP {host}:{port}: {error.strerror or error}",
+                    "another stpd runs there, or the address is not this machine's: see listen.udp",
+                ) from error
             self._carriers.append(carrier)
             await nursery.start(carrier.run)
         try:
@@ -287,24 +295,19 @@ class Daemon:
             advice = "see listen.tls and listen.unix; another stpd may be running"
             raise StartupError(error.strerror or str(error), advice) from error
 
-    async def _carrier(self, host: str, port: int, *, accept: bool) -> UdpCarrier:
-        config = self._endpoint_config(accept=accept)
+    async def open_udp(self, host: str, port: int, *, accept: bool) -> tuple[UdpCarrier, Endpoint]:
+        """A socket, which the caller runs, and who is behind it. Raises OSError."""
+        config = self.endpoint_config(accept=accept)
         endpoint = Endpoint(config)
-        try:
-            carrier = await UdpCarrier.bind(
-                endpoint, host, port, on_ready=self.sessions.on_ready, movable=not accept
-            )
-        except OSError as error:
-            raise StartupError(
-                f"cannot listen on UDP {host}:{port}: {error.strerror or error}",
-                "another stpd runs there, or the address is not this machine's: see listen.udp",
-            ) from error
+        carrier = await UdpCarrier.bind(
+            endpoint, host, port, on_ready=self.sessions.on_ready, movable=not accept
+        )
         carrier.turn_begins, carrier.turn_ends = partial(self.turns.begin, self.store), self.turns.end
         self._endpoints.append(endpoint)
         self._endpoint_configs.append(config)
-        return carrier
+        return carrier, endpoint
 
-    def _endpoint_config(self, *, accept: bool) -> EndpointConfig:
+    def endpoint_config(self, *, accept: bool) -> EndpointConfig:
         limits, largest = self.config.limits, self.config.transport.max_datagram
         return EndpointConfig(
             tls=self.contexts.tls,
@@ -333,20 +336,18 @@ class Daemon:
         targets = targets_of(self.config.upstreams, self.identity, self.upstream_tokens)
         if not targets:
             return
-        self._dialers[False] = await self._carrier("0.0.0.0", 0, accept=False)
-        self._dial_endpoints = {False: self._endpoints[-1]}
         try:
-            self._dialers[True] = await self._carrier("::", 0, accept=False)
-            self._dial_endpoints[True] = self._endpoints[-1]
-        except StartupError:
-            log.info("no_ipv6", reason="this machine has no IPv6: upstreams are dialled over IPv4")
-        for carrier in self._dialers.values():
-            await nursery.start(carrier.run)
+            await self._dialler.start(nursery)
+        except OSError as error:
+            advice = "see the limits of the system on open files and ports"
+            raise StartupError(f"no socket to dial with: {error.strerror or error}", advice) from error
+        transport = self.config.transport
         self.uplink = Uplink(
             targets,
             self.sessions,
             self.store,
-            dial=self._dial,
+            dial=self._dialler.udp,
+            fallback=Fallback(self._dialler, probe=transport.probe, stable=transport.stable),
             class_of=lambda lane, prefix: self.classes.of(lane, prefix).name,
             on_custody=self.relay.on_custody,
             on_time_heard=self.floor.heard,
@@ -361,22 +362,6 @@ class Daemon:
         )
         self.relay.custody_route = self.uplink.takes_class
         nursery.start_soon(self.uplink.run)
-
-    def _dial(self, address: tuple[str, int], node: str, token: bytes) -> Session:
-        six = ":" in address[0]
-        carrier = self._dialers.get(six)
-        if carrier is None:
-            raise OSError(f"no socket for {address[0]}: this machine has no IPv6")
-        session = self._dial_endpoints[six].connect(
-            address,
-            expected_node=node,
-            expected_domain=self.identity.domain,
-            now=trio.current_time(),
-            token=token,
-            keepalive=self._place.learner(),
-        )
-        carrier.wake()
-        return session
 
     # -- what parts ask
 
@@ -522,8 +507,9 @@ class Daemon:
 
     async def _release(self) -> None:
         with trio.CancelScope(shield=True):
-            for carrier in (*self._carriers, *self._dialers.values()):
+            for carrier in self._carriers:
                 carrier.close()
+            self._dialler.close()
             self.doors.close()
             if hasattr(self, "tracing"):
                 await trio.to_thread.run_sync(self.tracing.close)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, Literal
 from attrs import Factory, define, field
 
 from stp.echo import ECHO_RATE
+from stp.racing import PROBE_FIRST, STABLE
 
 Role = Literal["gateway", "hub"]
 Durability = Literal["sync", "memory"]
@@ -119,6 +120,11 @@ class TransportConfig:
     1472 is what Ethernet carries, 8972 fits its jumbo frames; 1200: nothing is probed."""
     rehandshake: Seconds = 24 * HOUR
     """Seconds, ± 10 %, after which a session to an upstream is replaced by a fresh one, without a gap."""
+    probe: Seconds = PROBE_FIRST
+    """Seconds after which UDP is tried again where only TLS got through to an upstream; the next times come later, up
+    to every 4 minutes."""
+    stable: Seconds = STABLE
+    """Seconds for which UDP must have worked before a session moves back to it."""
     clock: Clock = "kernel"
     """Whose word it is that this machine's clock is right, so that sessions end with certificates by it: the
     kernel's, or ours (trusted)."""
@@ -203,7 +209,8 @@ class UpstreamConfig:
     """A node this one dials and sends to. The first is primary, the others its backups, in order."""
 
     url: str
-    """stp://[node@]host[:port], port 9000 by default."""
+    """stp://[node@]host[:port][?tls=port], port 9000 by default; where UDP does not get through, TLS on port 8443 is
+    tried, or on the one named; tls=0: UDP only."""
     node: str = ""
     """The name its certificate must bear; empty: the one in `url`, else the identity's."""
     classes: tuple[str, ...] = ()

@@ -39,6 +39,8 @@ class UpstreamStatus:
     since_ms: int = 0
     """When it entered that state."""
     address: str = ""
+    carrier: str = ""
+    """udp or tls while it is connected, else empty."""
     rtt_ms: float = 0.0
     attempts: int = 0
     """Failed attempts in a row."""
@@ -397,7 +399,7 @@ class EventRecord:
     kind: str
     """session.open, session.closed, session.refused, uplink.connected, uplink.lost, store.full, store.free,
     record.quarantined, reader.removed, key.created, key.used, key.revoked,
-    session.moved, node.revoked, node.forgotten, config.reloaded, drain, dropped."""
+    session.moved, uplink.moved, node.revoked, node.forgotten, config.reloaded, drain, dropped."""
     text: str = ""
     """A sentence."""
     node: str = ""

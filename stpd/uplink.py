@@ -5,6 +5,8 @@
 (3) A refusal (another name, another CA, expired) is said in words, logged once per change, and tried again slowly.
 (4) A session is broken only after the next one carries (R-9-4): by age, when our certificate was renewed, and
     whenever somebody asks for it. That is no outage, and told as none.
+(5) Where UDP does not answer, TLS is dialled as its rival: the first HELLO wins, and the other is closed. Only when
+    both failed is the next upstream's turn. Later, too, a session goes where it gets through (stpd/fallback.py).
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 import structlog
 import trio
-from attrs import define
+from attrs import Factory, define
 
 from stp.control import Goaway, Hello, Status, Subscribe, Subscribed
 from stp.core.errors import ErrorCode
@@ -25,7 +28,9 @@ from stp.identity import Address, Identity, Upstream, parse_url
 from stp.kept_tokens import KeptTokens
 from stp.lifetimes import REHANDSHAKE, renew_in
 from stp.link import Link, LinkClosed
+from stp.racing import TLS, UDP, tls_after
 from stpd.events import EventBus
+from stpd.fallback import Dial, Fallback, OtherWay
 from stpd.hops import Feed
 from stpd.peers import Peer
 from stpd.router import LANES
@@ -96,6 +101,20 @@ def targets_of(upstreams: Sequence[UpstreamConfig], identity: Identity, tokens: 
     return found
 
 
+@define
+class Race:
+    """One attempt over UDP and, where that does not answer, TLS (5)."""
+
+    open: set[str] = Factory(lambda: {UDP})
+    """Carriers over which it may succeed yet."""
+    whys: list[str] = Factory(list)
+    """Why the others failed."""
+    answered: trio.Event = Factory(trio.Event)
+    """The first HELLO has come."""
+    rival: Peer | None = None
+    """Over TLS, while the session over UDP has not answered."""
+
+
 class Uplink:
     """Dials, attaches the custody feed, subscribes to what comes down, and dials again. Run it in the nursery."""
 
@@ -116,10 +135,12 @@ class Uplink:
         left: Callable[[Link], float | None] = lambda link: None,
         on_revoked: Callable[[dict[int, int]], object] = lambda serials: None,
         keep_token: Callable[[Target], object] = lambda target: None,
+        fallback: Fallback | None = None,
     ) -> None:
         """*dial(address, node, token)* starts a session; *on_time_heard* takes the upstream's clock (Unix s);
         *rehandshake()* says after how many seconds a session is replaced by a fresh one, ± 10 %; *left(link)* how
         many seconds its peer's certificate has left; *keep_token(target)* keeps a new one across restarts.
+        *fallback*: None where there is no way but *dial*, which is UDP.
         """
         self.targets = list(targets)
         self.stopping = False
@@ -144,6 +165,7 @@ class Uplink:
         self._left = left
         self._on_revoked = on_revoked
         self._token_kept = keep_token
+        self._fallback, self._race = fallback, Race()
         self._address: tuple[str, int] | None = None
         self._beside: Peer | None = None
         """Dialled while `peer` is up; takes over when its HELLO has come."""
@@ -152,7 +174,6 @@ class Uplink:
         self._news, self._again = trio.Event(), trio.Event()
         self._closed = trio.Event()
         self._slot_s = 0.0
-        self._behind_since_ms = 0
         self._reported = ""
         self._refused = False
         store.add_hop(Hop(name=HOP, kind="uplink", created_ms=wall_ms()))
@@ -195,30 +216,79 @@ class Uplink:
     async def _attempt(self, target: Target) -> bool:
         """One session, from dialling to its end. True when it was refused."""
         self._enter("connecting")
-        try:
-            address = await self._resolve(target.address)
-        except OSError as error:
-            self._failed(f"cannot resolve {target.address.host}: {error.strerror or error}")
+        self._closed, self._race = trio.Event(), Race()
+        self._address, self._refused, self._renew_at = None, False, math.inf
+        no_udp = await self._dial_first(target)
+        raced = self._fallback is not None and target.address.tls > 0
+        if no_udp and not raced:
+            self._failed(no_udp)
             return False
-        self._closed = trio.Event()
-        try:
-            session = self._dial(address, target.address.node, self._take_token(target))
-        except OSError as error:
-            self._failed(f"cannot dial {address[0]}:{address[1]}: {error.strerror or error}")
-            return False
-        self._address, self._renew_at = address, math.inf
-        self.peer = self._sessions.adopt(session, upstream=self)
-        self._refused = False
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._report)
                 nursery.start_soon(self._keep_fresh)
+                if self._fallback is not None and raced:
+                    nursery.start_soon(self._dial_rival, target.address, self._fallback.way, no_udp)
+                    nursery.start_soon(self._fallback.watch, self, target.address)
                 await self._closed.wait()
                 nursery.cancel_scope.cancel()
         finally:
             self.feed = None
             self._keep_token(target)
         return self._refused
+
+    async def _dial_first(self, target: Target) -> str:
+        """Over UDP. Why there is no session to wait for, or ""."""
+        try:
+            session = await self._dial_udp(target)
+        except OSError as error:
+            self._keep_token(target)
+            self.peer = None
+            return str(error)
+        self.peer = self._sessions.adopt(session, upstream=self)
+        return ""
+
+    async def _dial_udp(self, target: Target) -> AnySession:
+        """Raises OSError, in words."""
+        try:
+            address = await self.address_of(target.address)
+        except OSError as error:
+            why = f"cannot resolve {target.address.host}: {error.strerror or error}"
+            raise OSError(error.errno, why) from error
+        try:
+            return self._dial(address, target.address.node, self._take_token(target))
+        except OSError as error:
+            why = f"cannot dial {address[0]}:{address[1]}: {error.strerror or error}"
+            raise OSError(error.errno, why) from error
+
+    async def _dial_rival(self, address: Address, way: OtherWay, no_udp: str) -> None:
+        """TLS as a rival of UDP, when that has had its time (5)."""
+        if not no_udp:
+            with trio.move_on_after(tls_after(way.remembered())):
+                await self._race.answered.wait()
+        if self._race.answered.is_set():
+            return
+        self._race.open.add(TLS)
+        if no_udp:
+            self._no_way(UDP, no_udp)
+        try:
+            session = await way.tls(address)
+        except OSError as error:
+            self._no_way(TLS, error.strerror or str(error))
+            return
+        rival = self._sessions.adopt(session, upstream=self)
+        if self._race.answered.is_set():
+            rival.link.close(ErrorCode.NO_ERROR, "", trio.current_time())
+        else:
+            self._race.rival = rival
+
+    def _no_way(self, carrier: str, why: str) -> None:
+        """One carrier of the attempt under way has failed; with the last, the attempt."""
+        self._race.open.discard(carrier)
+        self._race.whys.append(f"over TLS: {why}" if carrier == TLS else why)
+        if not self._race.open and not self._race.answered.is_set():
+            self._failed("; ".join(self._race.whys))
+            self._closed.set()
 
     def _take_token(self, target: Target) -> bytes:
         """The newest token that the target gave us; it is used up."""
@@ -233,25 +303,28 @@ class Uplink:
 
     # -- a second session beside the present one
 
-    async def dial_beside(self, dial: Callable[[], AnySession] | None = None) -> bool:
+    async def dial_beside(self, dial: Dial | None = None, *, carrier: str = "") -> bool:
         """Dial a second session beside the present one, and move over to it when its HELLO has come (4).
 
-        *dial* starts it, over whatever carrier; by default as the first was dialled. Both directions go on over the
-        new session lane by lane, when what was sent on the old one is settled; the old one then closes.
+        *dial* starts it; by default it goes over *carrier*, and that is by default the present session's. Both
+        directions go on over the new session lane by lane, when what was sent on the old one is settled; the old one
+        then closes.
 
         True: moved. False: there was nothing to move from, or the attempt failed; the present session stands as it
         was. A caller that is cancelled gives the attempt up. Raises OSError when it could not begin.
         """
         async with self._beside_lock:
             await self._until_known()
-            if not self._may_move() or self._address is None:
+            if not self.may_move() or self.peer is None:
                 return False
-            target = self.targets[self._current]
             if dial is None:
-                session = self._dial(self._address, target.address.node, self._take_token(target))
-            else:
-                session = dial()
-            beside = self._beside = self._sessions.adopt(session, upstream=self, continues=self.peer)
+                dial = self._dial_over(carrier or self.peer.session.carrier, self.targets[self._current])
+            session = await dial()
+            beside = self._sessions.adopt(session, upstream=self, continues=self.peer)
+            if not self.may_move():
+                beside.link.close(ErrorCode.NO_ERROR, "", trio.current_time())
+                return False
+            self._beside = beside
             ready = self._beside_ready = trio.Event()
             try:
                 await ready.wait()
@@ -261,6 +334,11 @@ class Uplink:
                     beside.link.close(ErrorCode.NO_ERROR, "", trio.current_time())
             return self.peer is beside
 
+    def _dial_over(self, carrier: str, target: Target) -> Dial:
+        if carrier == TLS and self._fallback is not None:
+            return partial(self._fallback.way.tls, target.address)
+        return partial(self._dial_udp, target)
+
     async def _until_known(self) -> None:
         """A session that is to be continued must be known to the upstream: our HELLO may be under way yet."""
         peer = self.peer
@@ -269,7 +347,8 @@ class Uplink:
                 while peer.link.closed is None and peer.link.unacknowledged_control:  # noqa: ASYNC110
                     await trio.sleep(POLL)
 
-    def _may_move(self) -> bool:
+    def may_move(self) -> bool:
+        """Is there a session that another may take over from?"""
         return self.state == "connected" and self.peer is not None and not self.stopping
 
     def renewed(self) -> None:
@@ -303,11 +382,15 @@ class Uplink:
         wait = renew_in(self._rehandshake(), self._left(peer.link), self._jitter())
         self._renew(trio.current_time() + wait)
 
-    async def _resolve(self, target: Address) -> tuple[str, int]:
-        with trio.move_on_after(DNS_TIMEOUT):
-            found = await trio.socket.getaddrinfo(target.host, target.port, type=trio.socket.SOCK_DGRAM)
-            return str(found[0][4][0]), int(found[0][4][1])
-        raise OSError(f"no answer from the resolver within {DNS_TIMEOUT:g} s")
+    async def address_of(self, target: Address) -> tuple[str, int]:
+        """The same one during an attempt and the sessions that come of it. Raises OSError."""
+        if self._address is None:
+            with trio.move_on_after(DNS_TIMEOUT):
+                found = await trio.socket.getaddrinfo(target.host, target.port, type=trio.socket.SOCK_DGRAM)
+                self._address = str(found[0][4][0]), int(found[0][4][1])
+        if self._address is None:
+            raise OSError(f"no answer from the resolver within {DNS_TIMEOUT:g} s")
+        return self._address
 
     async def _report(self) -> None:
         """Tell the upstream how far behind we are; level and unchanged, there is nothing to tell."""
@@ -345,6 +428,9 @@ class Uplink:
         if peer is self._beside:
             self._move(peer, target, hello)
             return
+        if peer is not self.peer and peer is not self._race.rival:
+            return  # it has lost, and is closed already
+        self._win(peer)
         self.attempts = 0
         self.last_error = ""
         self._reported = ""
@@ -352,15 +438,39 @@ class Uplink:
         self._set_age(peer)
         if hello.time_ms > 0:
             self._on_time_heard(hello.time_ms / 1000)
-        log.info("uplink_connected", upstream=hello.node, url=target.url)
-        self._events.publish("uplink.connected", f"connected to {hello.node}", node=hello.node)
+        carrier = peer.session.carrier
+        log.info("uplink_connected", upstream=hello.node, url=target.url, carrier=carrier)
+        over = " over TLS: UDP does not get through" if carrier == TLS else ""
+        self._events.publish("uplink.connected", f"connected to {hello.node}{over}", node=hello.node)
         self.feed = self._sessions.attach_uplink(peer, HOP, takes=self._takes, on_custody=self._on_custody)
         self._subscribe(peer, target)
+
+    def _win(self, peer: Peer) -> None:
+        """The first HELLO of an attempt has come: no rival is needed any more (5)."""
+        loser = self._race.rival if peer is self.peer else self.peer
+        self.peer, self._race.rival = peer, None
+        self._race.answered.set()
+        if loser is not None and loser.link.closed is None:
+            loser.link.close(ErrorCode.NO_ERROR, "", trio.current_time())
+        self._carried(peer)
+
+    def _carried(self, peer: Peer) -> None:
+        if self._fallback is not None:
+            self._fallback.way.worked(peer.session.carrier)
+
+    def _tell_carrier(self, older: Peer, peer: Peer, node: str) -> None:
+        was, now = older.session.carrier, peer.session.carrier
+        if was != now:
+            log.info("uplink_moved", upstream=node, carrier=now, was=was)
+            self._events.publish("uplink.moved", f"{node} is reached over {now} now, not {was}", node=node)
 
     def _move(self, peer: Peer, target: Target, hello: Hello) -> None:
         """The session beside the present one is up: it continues it, or replaces it if the upstream has changed."""
         older, self.peer, self._beside = self.peer, peer, None
         self._set_age(peer)
+        self._carried(peer)
+        if older is not None:
+            self._tell_carrier(older, peer, hello.node)
         if hello.time_ms > 0:
             self._on_time_heard(hello.time_ms / 1000)
         if peer.older is None:
@@ -399,15 +509,19 @@ class Uplink:
             self._beside_ready.set()
             log.warning("uplink_not_renewed", reason=f"{code.lower()} {closed.reason}".strip())
             return
-        if peer is not self.peer:
-            return  # one that has settled
+        why = f"{code.lower()}: {closed.reason}" if closed.reason else code.lower()
+        if not self._race.answered.is_set() and peer in (self.peer, self._race.rival):
+            self._refused = self._refused or closed.code in REFUSALS
+            self._no_way(UDP if peer is self.peer else TLS, why)
+        if closed.code is ErrorCode.RESTARTING and peer is self.peer:
+            self.attempts = 0
+        if peer is not self.peer or not self._race.answered.is_set():
+            return  # a rival, or one that has settled
         self._refused = closed.code in REFUSALS
-        self._failed(f"{code.lower()}: {closed.reason}" if closed.reason else code.lower())
+        self._failed(why)
         if was == "connected":
             node = self.targets[self._current].address.node
             self._events.publish("uplink.lost", f"lost {node}: {self.last_error}", node=node)
-        if closed.code is ErrorCode.RESTARTING:
-            self.attempts = 0
         self._closed.set()
 
     def _failed(self, why: str) -> None:
@@ -455,5 +569,6 @@ class Uplink:
             status.rtt_ms = round(found.rtt * 1000, 3)
             address = self.peer.session.addr
             status.address = f"{address[0]}:{address[1]}"
+            status.carrier = self.peer.session.carrier
         status.custody_messages = sum(one.custody for one in self._store.ledger().hops if one.hop == HOP)
         return status

@@ -24,7 +24,8 @@ from stp.core.channel import TlsChannel
 from stp.core.clienthello import offered_protocols
 from stp.core.errors import FrameEncodingError, HandshakeRefused
 from stp.core.flow import WindowBudget
-from stp.core.framed import FramedContext, FramedSession
+from stp.core.framed import FramedContext, FramedSession, allow
+from stp.core.handshake import Authorise
 from stp.core.path import KEEPALIVE
 from stp.core.verbs import AnySession
 
@@ -69,6 +70,7 @@ class TlsCarrier(StreamCarrier):
         stream: trio.SocketStream | None = None,
         keepalive: float = KEEPALIVE,
         random_bytes: Callable[[int], bytes] = os.urandom,
+        authorise: Authorise = allow,
     ) -> TlsCarrier:
         """Connect TCP to host:port, or take `stream`, which is connected already (through a proxy, say) and is then
         the carrier's to close.
@@ -86,6 +88,7 @@ class TlsCarrier(StreamCarrier):
                 random_bytes=random_bytes,
                 budget=WindowBudget(DIAL_BUDGET),
                 keepalive=keepalive,
+                authorise=authorise,
             )
             leaf = leaf_der if isinstance(leaf_der, bytes) else leaf_der()
             session = FramedSession(

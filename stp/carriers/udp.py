@@ -140,9 +140,9 @@ class UdpCarrier:
     ) -> None:
         self.turn_begins: Callable[[], None] = _nothing
         self.turn_ends: Callable[[], None] = _nothing
+        """Called around the `on_ready` calls of one wake-up; what the last one queues leaves with the rest."""
         self.on_rebind: Callable[[], None] = _nothing
         """Called when another local port was taken."""
-        """Called around the `on_ready` calls of one wake-up; what the last one queues leaves with the rest."""
         self._sock = sock
         self._movable = movable
         self._reading = trio.CancelScope()
@@ -353,6 +353,7 @@ class UdpCarrier:
                 session.migrate(same_host=self._same_source(session.addr), now=now)
         if not self._in_turn:
             self._wakeup.set()
+        self.on_rebind()
         return True
 
     def _same_source(self, address: Address) -> bool:

@@ -93,7 +93,7 @@ class FramedContext:
     random_bytes: Callable[[int], bytes]
     budget: WindowBudget
     authorise: Authorise = allow
-    """For sessions that others dialled."""
+    """Also asked for dialled sessions, once the peer is who it should be."""
     on_refused: Callable[[Any, PeerIdentity | None, str], None] | None = None
     """(address, peer, reason): a listener's session ended before it was ESTABLISHED; nobody hears of it otherwise."""
     keepalive: float = KEEPALIVE
@@ -354,8 +354,10 @@ class FramedSession(AnySession):
 
     def _check_peer(self, peer: PeerIdentity) -> str | None:
         """Before anything of it is believed: is it the node that was dialled?"""
-        if self._expected is None or self._expected == (peer.domain, peer.node):
+        if self._expected is None:
             return None
+        if self._expected == (peer.domain, peer.node):
+            return self._context.authorise(peer)
         wanted, found = "/".join(self._expected), f"{peer.domain}/{peer.node}"
         return f"wanted {wanted}, found {found}"
 
