@@ -101,6 +101,12 @@ class LaneState:
     oldest_ms: int = 0
     """at_ms of the first record kept; 0 if there is none. Not in the table."""
 
+    def copy(self) -> LaneState:  # copy.copy() takes ten times as long
+        return LaneState(
+            self.lane, self.last, self.number, self.messages, self.bytes, self.base, self.base_messages,
+            self.base_bytes, self.oldest_ms,
+        )  # fmt: skip
+
 
 @define
 class CursorState:
@@ -123,6 +129,12 @@ class CursorState:
     """Messages in `dropped` that were taken from its reach; a late advance over them takes them back."""
     next_ms: int = 0
     """at_ms of the first record behind the cursor; 0 if level. Not in the table."""
+
+    def copy(self) -> CursorState:
+        return CursorState(
+            self.hop, self.lane, self.pos, self.messages, self.bytes, self.start, self.custody, self.filtered,
+            self.expired, self.quarantined, self.dropped, self.forced, self.next_ms,
+        )  # fmt: skip
 
 
 @define

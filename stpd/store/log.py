@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import sqlite3
 
@@ -98,7 +97,7 @@ class Log:
         """The lane's state, to change in this transaction."""
         staged = self._staged_lanes.get(lane)
         if staged is None:
-            staged = self._staged_lanes[lane] = copy.copy(self.lanes[lane])
+            staged = self._staged_lanes[lane] = self.lanes[lane].copy()
         return staged
 
     def peek(self, lane: int) -> LaneState:
@@ -113,7 +112,7 @@ class Log:
         known = self.cursors.get(key)
         if known is None:
             return None
-        staged = self._staged_cursors[key] = copy.copy(known)
+        staged = self._staged_cursors[key] = known.copy()
         return staged
 
     def all_cursors(self) -> list[CursorState]:
