@@ -203,6 +203,10 @@ class Output:
         if datagrams is not None and (sender is None or (sender.id and datagrams.first)):
             if control:
                 self._send_mixed(now, out, streams=False)
+            if now >= path.sizer.due_at and not path.limited:
+                full = path.datagram - DATAGRAM_OVERHEAD
+                if any(len(data) >= full for data in datagrams.waiting) and self._probe_size(now, out):
+                    return True
             self._send_datagrams(datagrams, now, out)
             return True
         if datagrams is not None:

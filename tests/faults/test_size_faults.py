@@ -129,6 +129,23 @@ def test_lost_probes_are_no_congestion(seed: int) -> None:
     assert found.datagram == 1200
 
 
+@pytest.mark.parametrize("seed", seeds(3, 50))
+def test_full_datagrams_are_probed_with_too(seed: int) -> None:
+    """Who sends unreliable datagrams alone finds out as much, where they fill packets; behind small ones too."""
+    move = Transfer(seed, 0, mtu=1400, delay=0.02)
+    for size in (100, 0):
+        for _ in range(100):
+            move.session.send_datagram(bytes(100))
+            move.session.send_datagram(bytes(size or move.session.max_datagram_size))
+            move.net.flush()
+            move.net.run_for(0.05)
+        if size:
+            assert move.session.statistics().size_probes == 0
+    found = move.session.statistics()
+    assert 1400 - GRAIN < found.datagram <= 1400
+    assert found.datagrams_lost == 0
+
+
 def test_an_idle_session_probes_nothing_and_has_no_timer_for_it() -> None:
     move = Transfer(1, 0)
     for n in range(20):
