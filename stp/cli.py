@@ -5,7 +5,6 @@ Everything slow is imported inside the commands, so that `stp --help` answers at
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,19 +16,23 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 from attrs import define
 
+from stp import path_cli
+from stp.failures import (
+    EX_CONFIG,
+    EX_NOINPUT,
+    EX_NOPERM,
+    EX_TEMPFAIL,
+    EX_UNAVAILABLE,
+    EX_USAGE,
+    INTERRUPTED,
+    Failure,
+)
+from stp.printing import emit, emit_json, ms, say
+
 if TYPE_CHECKING:
     from stp.client import Client
     from stp.outbox import Refused
     from stp.subscriber import Message
-
-EX_USAGE: Final = 64
-EX_NOINPUT: Final = 66
-EX_UNAVAILABLE: Final = 69
-EX_TEMPFAIL: Final = 75
-EX_NOPERM: Final = 77
-EX_CONFIG: Final = 78
-INTERRUPTED: Final = 130
-"""128 + SIGINT, as shells have it."""
 
 LINES_AT_ONCE: Final = 1_000
 """Lines of stdin that `stp pub -` publishes before it waits for their custody."""
@@ -46,14 +49,6 @@ class Target:
     node: str
     timeout: float
     verbose: bool
-
-
-class Failure(Exception):  # noqa: N818 - it is a result, with an exit code
-    """One line of cause, one of what to do."""
-
-    def __init__(self, cause: str, advice: str, status: int) -> None:
-        super().__init__(cause)
-        self.cause, self.advice, self.status = cause, advice, status
 
 
 def connects(function: Function) -> Function:
@@ -101,6 +96,7 @@ def root() -> None:
     \b
     stp join stpj1.… --host gw.local --name kitchen-1   get an identity
     stp ping                                            is my keeper there?
+    stp path                                            what works on the way to it, and why not?
     stp pub site-a/kitchen/temp 21.5                    send one message; done when it is on disk
     stp sub 'site-a/#'                                  watch
     """
@@ -169,6 +165,16 @@ async def _ping(target: Target, count: int, interval: float, output: str) -> Non
             else:
                 trip, network = ms(result.round_trip), ms(result.network)
                 emit(f"{name}: {trip:.2f} ms, of which the network {network:.2f} ms")
+
+
+@root.command(help=path_cli.HELP)
+@click.argument("host", required=False, metavar="[HOST|URL]")
+@click.option("--output", "-o", type=click.Choice(["text", "json"]), default="text", help="How to print.")
+@connects
+def path(target: Target, host: str | None, output: str) -> None:
+    if host:
+        target.url = host if "://" in host else f"stp://{host}"
+    run(partial(path_cli.show, target.url, target.identity, target.node, output), target)
 
 
 @root.command()
@@ -500,19 +506,6 @@ def when(text: str) -> str | datetime:
         ) from None
 
 
-def emit(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
-def emit_json(**fields: Any) -> None:
-    emit(json.dumps(fields, ensure_ascii=False))
-
-
-def ms(seconds: float) -> float:
-    return round(seconds * 1000, 3)
-
-
 def share(values: list[float], part: float) -> float:
     """The value below which that part of all values lies."""
     return sorted(values)[min(len(values) - 1, int(part * len(values)))]
@@ -574,7 +567,8 @@ def execute(arguments: list[str]) -> int:
         failure = explain(error)
         if failure is None:
             raise
-        click.echo(f"stp: {failure.cause}\n  {failure.advice}", err=True)
+        if failure.cause:
+            say(f"{failure.cause}\n  {failure.advice}")
         return failure.status
     return 0
 

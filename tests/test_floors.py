@@ -42,7 +42,7 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.core.session stp.core.framed",
     "stp.core.endpoint",
     # -- stp: messages, sans-IO too
-    "stp.topics stp.sources stp.fields stp.echo",
+    "stp.topics stp.sources stp.fields stp.echo stp.failures stp.printing",
     "stp.batch stp.control",
     "stp.records",
     "stp.lanes stp.link_events",
@@ -54,13 +54,13 @@ FLOORS: Final[tuple[str, ...]] = (
     "stp.carriers.tls stp.carriers.unix",
     "stp.networks stp.lifetimes stp.kept_tokens stp.racing stp.proxy",
     "stp.ways",
-    "stp.enrol stp.outbox stp.lines",
+    "stp.enrol stp.outbox stp.lines stp.pathfinder",
     "stp.connection",
     "stp.dialler stp.local stp.publisher stp.subscriber",
     "stp.reader stp.requests stp.statistics",
     "stp.pings",
     "stp.client",
-    "stp.underload",
+    "stp.underload stp.path_cli",
     "stp.cli",
     # -- stpd: what is said of the daemon, and what it is told
     "stpd.status stpd.schema stpd.problems stpd.templates stpd.logs stpd.notify stpd.httpd stpd.ledger"
