@@ -398,11 +398,15 @@ class FramedSession(AnySession):
         if self.dialling:
             self._enter(Input.KEYS)
             return
-        reason = self._context.authorise(self.peer)
+        code, reason = ErrorCode.AUTH, None
+        try:
+            reason = self._context.authorise(self.peer)
+        except HandshakeRefused as refused:  # EXPIRED and REVOKED have codes of their own
+            code, reason = refused.code, refused.reason
         if reason is not None:
             cut = reason.encode()[:MAX_REFUSAL].decode("utf-8", "ignore")
-            self._close_frame = frames.Close(ErrorCode.AUTH, cut).encode()
-            self._end(Input.LOCAL_CLOSE, ErrorCode.AUTH, reason, by_peer=False, now=now)
+            self._close_frame = frames.Close(code, cut).encode()
+            self._end(Input.LOCAL_CLOSE, code, reason, by_peer=False, now=now)
             return
         self._enter(Input.KEYS)
         self._done = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stp.core import frames
-from stp.core.errors import ErrorCode, LocalCause, UsageError
+from stp.core.errors import ErrorCode, HandshakeRefused, LocalCause, UsageError
 from stp.core.events import (
     Connected,
     DatagramReceived,
@@ -16,6 +16,7 @@ from stp.core.events import (
     StreamWritable,
 )
 from stp.core.framed import CLOSE_TIMEOUT, HANDSHAKE_TIMEOUT, MAX_RECORDS, MAX_WRITE
+from stp.core.handshake import PeerIdentity
 from stp.core.path import KEEPALIVE, LISTENER_PATIENCE, MAX_UNANSWERED, PING_REPEAT
 from stp.core.states import State
 from stp.core.streams import SEND_BUFFER
@@ -106,6 +107,20 @@ def test_a_peer_that_may_not_come_hears_why() -> None:
     assert pair.hub.heard == []
     assert [(a, p and p.node, r) for a, p, r in pair.refusals] == [(ADDRESS, EDGE, f"no place for {EDGE}")]
     assert pair.hub.session.state is State.CLOSED
+
+
+def test_a_revoked_peer_is_told_so() -> None:
+    """R-9-5: the refusal has a code of its own."""
+
+    def revoked(peer: PeerIdentity) -> str | None:
+        raise HandshakeRefused("this certificate was revoked", ErrorCode.REVOKED)
+
+    pair = Pair(5, authorise=revoked)
+    pair.settle()
+    closed = pair.edge.closed
+    assert closed is not None
+    assert (closed.code, closed.reason) == (ErrorCode.REVOKED, "this certificate was revoked")
+    assert len(pair.refusals) == 1
 
 
 def test_a_certificate_that_ran_out_is_refused_in_words() -> None:
