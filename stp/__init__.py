@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from stp.batch import Properties
     from stp.client import Client, connect
-    from stp.connection import Rejected, Unreachable
     from stp.core.errors import StpError, UsageError
     from stp.identity import Identity, IdentityError
+    from stp.lines import Rejected, Unreachable
     from stp.outbox import Refused
     from stp.publisher import MessageTooLarge
     from stp.requests import RequestTimeout
@@ -36,12 +36,12 @@ _HOME: Final = {
     "Ping": "stp.statistics",
     "Properties": "stp.batch",
     "Refused": "stp.outbox",
-    "Rejected": "stp.connection",
+    "Rejected": "stp.lines",
     "RequestTimeout": "stp.requests",
     "StpError": "stp.core.errors",
     "Subscription": "stp.subscriber",
     "TopicError": "stp.topics",
-    "Unreachable": "stp.connection",
+    "Unreachable": "stp.lines",
     "UsageError": "stp.core.errors",
     "connect": "stp.client",
 }

@@ -513,9 +513,9 @@ def share(values: list[float], part: float) -> float:
 
 def explain(error: Exception) -> Failure | None:
     """What an error means to a person; None for one that is our own fault."""
-    from stp.connection import Rejected, Unreachable
     from stp.core.errors import MessageError, UsageError
     from stp.identity import IdentityError
+    from stp.lines import Rejected, Unreachable
     from stp.outbox import Refused
     from stp.pinned import EnrolError
     from stp.publisher import MessageTooLarge

@@ -8,6 +8,9 @@
 (5) Make before break (R-9-4): a session dialled beside the present one takes over when its HELLO has come. The old
     one carries until both sides have settled what they sent on it: nothing is lost, sent twice or overtaken.
 (6) UDP first; TLS beside it where nothing answers, and back to UDP when that has stood the test (R-11-4, racing.py).
+    Of two that race, only the one that is confirmed first says HELLO: no keeper takes the other for its successor.
+(7) A refusal is never hidden by the other carrier: one over UDP ends the attempt; one over TLS does when UDP, in its
+    TLS_AFTER seconds, has said nothing.
 """
 
 from __future__ import annotations
@@ -24,13 +27,14 @@ from attrs import evolve
 
 from stp.carriers.udp import UdpCarrier
 from stp.control import Goaway, Hello
-from stp.core.errors import ErrorCode, StpError
+from stp.core.errors import ErrorCode
+from stp.core.states import State
 from stp.core.verbs import AnySession
 from stp.lifetimes import REHANDSHAKE, Expiry, renew_in
-from stp.lines import ConnectionStatistics, Line, Owner
+from stp.lines import REFUSALS, ConnectionStatistics, Line, Owner, Rejected, Unreachable, words
 from stp.link import GoawayReceived, HelloReceived, Link, LinkClosed, LinkEvent, MovedReceived
-from stp.racing import PROBE_TIMEOUT, SILENCE, TLS, UDP, ProbeBack, tls_after
-from stp.ways import Carrier, Dial, Ways
+from stp.racing import SILENCE, TLS, TLS_AFTER, UDP, ProbeBack, tls_after
+from stp.ways import Carrier, Dial, Ways, answers
 
 log: Final = logging.getLogger("stp.client")
 
@@ -47,6 +51,8 @@ CLOSE_POLL: Final = 0.005
 
 RENEWAL_CHECK: Final = 10.0
 """Seconds between looks at the session's age and at the identity's files."""
+PROBE_CHECK: Final = 5.0
+"""Seconds between looks whether the session is on TLS, and UDP to be probed."""
 RENEWAL_RETRY: Final = 60.0
 """Seconds until the next attempt when a fresh session could not be had."""
 YOUNG: Final = 10.0
@@ -54,28 +60,6 @@ KNOWN_TIMEOUT: Final = 1.0
 """Seconds: a session younger than the first waits, up to the second, for its HELLO to arrive before it is left."""
 SETTLE_TIMEOUT: Final = 600.0
 """Seconds that a session may take to settle beside its successor: the application may take records slowly."""
-
-REFUSALS: Final = frozenset({ErrorCode.AUTH, ErrorCode.EXPIRED, ErrorCode.REVOKED})
-"""Codes that say: not with this certificate."""
-
-
-class Unreachable(StpError):  # noqa: N818 - read as a sentence
-    """Nobody answered in time. `cause` is the last thing that was seen, in words."""
-
-    def __init__(self, where: str, seconds: float, cause: str) -> None:
-        super().__init__(f"{where} did not answer within {seconds:g} s{': ' + cause if cause else ''}")
-        self.cause = cause
-
-
-class Rejected(StpError):  # noqa: N818 - read as a sentence
-    """One of the two sides does not accept the other's certificate. `by_peer` says which."""
-
-    def __init__(self, where: str, code: ErrorCode, reason: str, by_peer: bool) -> None:
-        who = f"{where} refused us" if by_peer else f"we refuse {where}"
-        super().__init__(f"{who}: {reason.removeprefix('refused by the peer: ') or code.name}")
-        self.code = code
-        self.reason = reason
-        self.by_peer = by_peer
 
 
 class Connection:
@@ -113,6 +97,8 @@ class Connection:
         """Over TLS, while `_line` has not answered over UDP: the first HELLO wins (6)."""
         self._beside: Line | None = None
         """Dialled while `_line` is up; takes over when its HELLO has come."""
+        self._refused: LinkClosed | None = None
+        """Over TLS, in the present attempt (7)."""
         self._older: list[Line] = []
         self._beside_lock = trio.Lock()
         self._nursery: trio.Nursery | None = None
@@ -199,7 +185,8 @@ class Connection:
     def describe(self) -> str:
         """What it is doing, for people."""
         if self.link is not None:
-            return f"connected to {self._peer_name()}"
+            over_tls = self._line is not None and self._line.carrier_name == TLS
+            return f"connected to {self._peer_name()}{' over TLS' if over_tls else ''}"
         return f"waiting for {self.where} to answer{f' ({self.cause})' if self.cause else ''}"
 
     # -- sessions, one after the other ---------------------------------------------------------------------
@@ -221,7 +208,10 @@ class Connection:
                 nursery.start_soon(self._race, line, tls_after(self.ways.place.carrier()))
             closed = await self._until_over(line)
             nursery.cancel_scope.cancel()
-        return closed
+        refused, self._refused = self._refused, None
+        if refused is not None:
+            self.cause = words(refused)
+        return refused or closed
 
     async def _until_over(self, line: Line | None) -> LinkClosed:
         while True:
@@ -234,21 +224,45 @@ class Connection:
                 return closed
 
     async def _race(self, line: Line, after: float) -> None:
-        """Dial TLS beside a session over UDP that does not answer (6)."""
-        with trio.move_on_after(after):
+        """Dial TLS beside a session over UDP that does not answer (6); again and again where TLS is what worked."""
+        assert self.dial_tls is not None
+        began, failures, known = trio.current_time(), 0, after == 0
+        while True:
+            with trio.move_on_after(after):
+                await line.ready.wait()
+            if self.link is not None or line is not self._line:
+                return
+            rival: Line | None = None
+            try:
+                rival = await self._open(self.dial_tls)
+            except OSError as error:
+                self.cause = str(error)
+            if rival is not None:
+                if self.link is not None or line is not self._line:
+                    rival.carrier.close()
+                    return
+                self._rival = rival
+                self._serve_soon(rival)
+                await rival.ready.wait()
+                if rival.closed is None or self.link is not None:
+                    return
+                self.cause = words(rival.closed)
+                if rival.closed.code in REFUSALS:
+                    await self._give_up(line, rival.closed, began + TLS_AFTER)
+                    return
+            if not known:
+                return
+            failures += 1
+            after = self._pause(failures)
+
+    async def _give_up(self, line: Line, refused: LinkClosed, when: float) -> None:
+        """TLS was refused: what counts, if UDP has not answered until then (7)."""
+        with trio.move_on_at(when):
             await line.ready.wait()
-        if self.link is not None or line.closed is not None or self.dial_tls is None:
-            return
-        try:
-            rival = await self._open(self.dial_tls)
-        except OSError as error:
-            self.cause = f"{self.cause}; {error}" if self.cause else str(error)
-            return
-        if self.link is not None or self._line is None:
-            rival.carrier.close()
-            return
-        self._rival = rival
-        self._serve_soon(rival)
+        if self.link is None and line.closed is None:
+            self._refused = refused
+            line.link.close(ErrorCode.NO_ERROR, "", trio.current_time())
+            line.carrier.wake()
 
     def _wanted(self) -> Line | None:
         return self._line
@@ -311,9 +325,9 @@ class Connection:
     async def dial_beside(self, dial: Dial | None = None) -> bool:
         """Dial a second session beside the present one, and move over to it when the peer's HELLO has come (5).
 
-        `dial` begins it, over whatever carrier: `dial_udp` by default. Nothing is interrupted: each lane goes on over
-        the new session when what it sent on the old one is answered, in both directions; the old one then closes, at
-        the latest after SETTLE_TIMEOUT. The owner hears `move`, never `down`, and no reconnect is counted.
+        `dial` begins it, over whatever carrier; by default the present one's. Nothing is interrupted: each lane goes
+        on over the new session when what it sent on the old one is answered, in both directions; the old one then
+        closes, at the latest after SETTLE_TIMEOUT. The owner hears `move`, never `down`: no reconnect is counted.
 
         True: moved. False: there was no session to move from, or the attempt failed; the present one stands as it
         was. A caller that is cancelled gives the attempt up. Raises OSError when it could not begin.
@@ -322,7 +336,10 @@ class Connection:
             await self._until_known()
             if not self._may_move():
                 return False
-            line = await self._open(dial or self.dial_udp, self._line)
+            present = self._line
+            if dial is None and present is not None and present.carrier_name == TLS:
+                dial = self.dial_tls
+            line = await self._open(dial or self.dial_udp, present)
             if not self._may_move():  # lost meanwhile: `_keep_up` dials by itself
                 line.carrier.close()
                 return False
@@ -358,7 +375,8 @@ class Connection:
         self._older.append(old)
         self.stats.moves += 1
         self._set_age(line)
-        log.info("moved to a fresh session with %s", self._peer_name())
+        self._remember(line)
+        log.info("moved to a fresh session with %s over %s", self._peer_name(), line.carrier_name)
         self._owner.move(line.link)
         line.ready.set()
 
@@ -402,6 +420,8 @@ class Connection:
         if line is self._line and self.link is not None and self.dial_tls is not None and not line.doubted:
             assert self._nursery is not None
             line.doubted = True
+            if self._beside is not None and self._beside.carrier_name == UDP:
+                self._beside.ended.set()  # it answers no more than this one does, and TLS need not wait for it
             self._nursery.start_soon(self._leave_if_silent, line)
 
     async def _leave_if_silent(self, line: Line) -> None:
@@ -418,25 +438,27 @@ class Connection:
         except OSError as error:
             log.warning("no way to %s over TLS either: %s", self._peer_name(), error)
             return
-        if (
-            moved and line.closed is None
-        ):  # it hears no answer any more: what it has unanswered goes over the new one
+        silent = line.link.session.statistics().datagrams_in == heard
+        if moved and silent and line.closed is None:  # what it has unanswered goes over the new one
             line.settle_by = trio.current_time()
             self._settle(line)
 
     async def _probe_back(self) -> None:
         """On TLS: look again and again whether UDP works, and move back."""
-        back: ProbeBack | None = None
+        back, since = ProbeBack(random.random), 0.0
         while True:
-            await trio.sleep(RENEWAL_CHECK if back is None else max(0.0, back.due - trio.current_time()))
             line = self._line
             if self.link is None or line is None or line.carrier_name != TLS:
-                back = None
+                since = 0.0
+                await trio.sleep(PROBE_CHECK)
                 continue
-            if back is None:
-                back = ProbeBack(line.up_at, random.random)
+            if not since:
+                since = line.up_at
+                back.begin(since)
+            await trio.sleep(min(PROBE_CHECK, max(0.0, back.due - trio.current_time())))
+            if trio.current_time() < back.due or line is not self._line:
                 continue
-            if not await self._probe():
+            if not await answers(self.dial_udp):
                 back.failed(trio.current_time())
             elif back.answered(trio.current_time()):
                 try:
@@ -444,40 +466,24 @@ class Connection:
                 except OSError:
                     moved = False
                 if moved:
-                    self.ways.place.worked(UDP)
-                    back = None
+                    back.moved(trio.current_time())
                 else:
                     back.failed(trio.current_time())
-
-    async def _probe(self) -> bool:
-        """Is a handshake over UDP answered?"""
-        answered = trio.Event()
-
-        def on_ready(session: AnySession) -> None:
-            if not session.live or session.id is not None:
-                answered.set()
-
-        try:
-            session, carrier = await self.dial_udp(on_ready)
-        except OSError:
-            return False
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(carrier.run)
-            carrier.wake()
-            with trio.move_on_after(PROBE_TIMEOUT):
-                await answered.wait()
-            well = session.live and answered.is_set()
-            session.close(ErrorCode.NO_ERROR, "", now=trio.current_time())
-            carrier.close()
-            nursery.cancel_scope.cancel()
-        return well
 
     # -- what sessions say ---------------------------------------------------------------------------------
 
     def _on_ready(self, session: AnySession) -> None:
         link = session.app
-        if link is not None:
-            self._give(link.app, link.process(trio.current_time()))
+        if link is None:
+            return
+        line = link.app
+        if (
+            self._rival is not None
+            and line in (self._line, self._rival)
+            and session.state is State.ESTABLISHED
+        ):
+            self._win(line)
+        self._give(line, link.process(trio.current_time()))
 
     def _give(self, line: Line, events: list[LinkEvent]) -> None:
         link = line.link
@@ -488,7 +494,7 @@ class Connection:
             if isinstance(event, HelloReceived):
                 if line is self._beside:
                     self._move(line)
-                elif line is self._line or line is self._rival:
+                elif line is self._line:
                     self._up(line)
             elif isinstance(event, GoawayReceived) and line is self._line:
                 self._heed(event.goaway)
@@ -507,19 +513,28 @@ class Connection:
         if line in self._older and line.closed is None:
             self._settle(line)
 
-    def _up(self, line: Line) -> None:
-        """(1), and the end of a race (6)."""
+    def _win(self, line: Line) -> None:
+        """The end of a race, before the winner says HELLO (6)."""
         loser = self._rival if line is self._line else self._line
         self._line, self._rival = line, None
         if loser is not None:
             loser.link.close(ErrorCode.NO_ERROR, "", trio.current_time())
             loser.carrier.wake()
+
+    def _remember(self, line: Line) -> None:
+        """Which carrier works here: at once, for a process may live shortly."""
+        self.ways.place.worked(line.carrier_name)
+        if self._nursery is not None and self.ways.place.changed:
+            self._nursery.start_soon(self.ways.place.keep)
+
+    def _up(self, line: Line) -> None:
+        """(1)"""
         self.link = line.link
         self.stats.connects += 1
         self.cause = ""
         self._set_age(line)
         log.info("%s", self.describe())
-        self.ways.place.worked(line.carrier_name)
+        self._remember(line)
         self._owner.up(line.link)
         self._first.set()
         line.ready.set()
@@ -535,15 +550,18 @@ class Connection:
                 self._owner.left(line.link)
         elif line is self._beside:
             self._beside = None
-            log.warning("no fresh session with %s: %s", self._peer_name(), _words(closed))
+            log.warning("no fresh session with %s: %s", self._peer_name(), words(closed))
         elif line is self._rival:
             self._rival = None
             if closed.code in REFUSALS and self._line is not None:
                 self._refuse(self._line, closed)
         elif line is self._line:
-            self.cause = _words(closed)
+            self.cause = words(closed)
             if closed.code is ErrorCode.GOING_AWAY and closed.reason.isdigit():
                 self._slot = int(closed.reason) / 1000
+            if closed.code in REFUSALS and self._rival is not None:
+                self._rival.ended.set()  # (7)
+                self._rival = None
             # one that is being dialled is the next attempt
             self._line, self._beside, self._rival = self._beside or self._rival, None, None
             self._down()
@@ -584,11 +602,6 @@ class Connection:
         for line in lines:
             line.link.close(ErrorCode.NO_ERROR, "", trio.current_time())
             line.carrier.close()
-
-
-def _words(closed: LinkClosed) -> str:
-    code = closed.code.name if isinstance(closed.code, ErrorCode) else str(closed.code)
-    return f"{code}: {closed.reason}" if closed.reason and closed.reason != code else code
 
 
 def _anybody(node: str) -> bool:

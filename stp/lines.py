@@ -1,15 +1,20 @@
-"""One session of a connection, what its owner does with it, and what is counted."""
+"""One session of a connection, what its owner does with it, what is counted, and how it fails."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Final
 
 import trio
 from attrs import Factory, define
 
+from stp.core.errors import ErrorCode, StpError
 from stp.link import Link, LinkClosed, LinkEvent
 from stp.ways import Carrier
+
+REFUSALS: Final = frozenset({ErrorCode.AUTH, ErrorCode.EXPIRED, ErrorCode.REVOKED})
+"""Codes that say: not with this certificate."""
 
 
 @define
@@ -72,3 +77,28 @@ class Line:
     def carrier_name(self) -> str:
         """ "udp", "tls" or "unix"."""
         return self.link.session.carrier
+
+
+class Unreachable(StpError):  # noqa: N818 - read as a sentence
+    """Nobody answered in time. `cause` is the last thing that was seen, in words."""
+
+    def __init__(self, where: str, seconds: float, cause: str) -> None:
+        super().__init__(f"{where} did not answer within {seconds:g} s{': ' + cause if cause else ''}")
+        self.cause = cause
+
+
+class Rejected(StpError):  # noqa: N818 - read as a sentence
+    """One of the two sides does not accept the other's certificate. `by_peer` says which."""
+
+    def __init__(self, where: str, code: ErrorCode, reason: str, by_peer: bool) -> None:
+        who = f"{where} refused us" if by_peer else f"we refuse {where}"
+        super().__init__(f"{who}: {reason.removeprefix('refused by the peer: ') or code.name}")
+        self.code = code
+        self.reason = reason
+        self.by_peer = by_peer
+
+
+def words(closed: LinkClosed) -> str:
+    """Why a session ended, for people."""
+    code = closed.code.name if isinstance(closed.code, ErrorCode) else str(closed.code)
+    return f"{code}: {closed.reason}" if closed.reason and closed.reason != code else code

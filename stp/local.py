@@ -12,12 +12,13 @@ from typing import Final
 import trio
 
 from stp.carriers.unix import UnixCarrier
-from stp.connection import BACKOFF_CEILING, BACKOFF_FLOOR, REFUSALS, Rejected, Unreachable
+from stp.connection import BACKOFF_CEILING, BACKOFF_FLOOR
 from stp.core.errors import ErrorCode
 from stp.core.events import SessionClosed
 from stp.core.verbs import AnySession
 from stp.enrol import IdentitySource, load_identity
 from stp.identity import Identity, unix_path
+from stp.lines import REFUSALS, Rejected, Unreachable
 
 ASK_TIMEOUT: Final = 5.0
 """Seconds for one answer."""

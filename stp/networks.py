@@ -135,7 +135,8 @@ class Here:
         return self._carrier
 
     def worked(self, carrier: str) -> None:
-        """A session is up over it."""
+        """A session is up over it, in the network that we are in now."""
+        self.learner()
         if carrier in CARRIERS and carrier != self._carrier:
             self._carrier, self._changed = carrier, True
 

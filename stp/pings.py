@@ -13,11 +13,12 @@ from typing import Final
 
 import trio
 
-from stp.connection import Connection, Unreachable
+from stp.connection import Connection
 from stp.control import Subscribe, Unsubscribe
 from stp.core.errors import UsageError
 from stp.core.verbs import AnySession
 from stp.echo import MIN_SIZE, Load, LoadReport
+from stp.lines import Unreachable
 from stp.statistics import Ping
 
 LOAD_SIZE: Final = 1000

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
-from stp.connection import Unreachable
 from stp.core.errors import StpError, UsageError
 from stp.echo import LoadReport
+from stp.lines import Unreachable
 
 if TYPE_CHECKING:
     from stp.client import Client

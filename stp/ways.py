@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import socket
@@ -14,13 +15,16 @@ from stp.carriers.tls import TlsCarrier
 from stp.carriers.udp import LOOPBACK_DATAGRAM, UdpCarrier, sizes_for
 from stp.carriers.unix import UnixCarrier
 from stp.core.endpoint import Endpoint, EndpointConfig
+from stp.core.errors import ErrorCode
 from stp.core.path import KEEPALIVE
+from stp.core.states import State
 from stp.core.verbs import AnySession
 from stp.identity import Address, ContextCache, Identity
 from stp.kept_tokens import KeptTokens
 from stp.networks import Here
 from stp.proxy import connect_through, proxy_for
 from stp.qlog import QlogDirectory
+from stp.racing import PROBE_TIMEOUT
 
 RESOLVE_TIMEOUT: Final = 5.0
 """Seconds for a name server to answer."""
@@ -106,6 +110,8 @@ class Ways:
                 )
             except OSError as error:
                 raise OSError(error.errno, f"cannot resolve {self.target.host}: {error.strerror}") from error
+            except UnicodeError as error:  # a label of over 63 characters, for one
+                raise OSError(errno.EINVAL, f"{self.target.host!r} is no host name: {error}") from error
             host, port = found[failures % len(found)][4][:2]
             return str(host), int(port)
         raise OSError(f"cannot resolve {self.target.host}: no answer in {RESOLVE_TIMEOUT:g} s")
@@ -134,3 +140,30 @@ class Ways:
             self.target.path, on_ready=on_ready, expected=expected, keepalive=self._keepalive
         )
         return carrier.session, carrier
+
+
+async def answers(dial: Dial) -> bool:
+    """Is a handshake answered that way, within PROBE_TIMEOUT? It is given up as soon as that is known."""
+    answered = trio.Event()
+
+    def on_ready(session: AnySession) -> None:
+        if not session.live or session.state is State.ESTABLISHED:
+            answered.set()
+
+    try:
+        session, carrier = await dial(on_ready)
+    except OSError:
+        return False
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(carrier.run)
+            carrier.wake()
+            with trio.move_on_after(PROBE_TIMEOUT):
+                await answered.wait()
+            well = session.state is State.ESTABLISHED
+            session.close(ErrorCode.NO_ERROR, "", now=trio.current_time())
+            carrier.close()
+            nursery.cancel_scope.cancel()
+    finally:
+        carrier.close()
+    return well

@@ -124,12 +124,9 @@ class Fallback:
                 back = None
             elif back is None:
                 back = ProbeBack(
-                    trio.current_time(),
-                    self._jitter,
-                    first=self._probe,
-                    most=max(self._probe, PROBE_MOST),
-                    stable=self._stable,
+                    self._jitter, first=self._probe, most=max(self._probe, PROBE_MOST), stable=self._stable
                 )
+                back.begin(trio.current_time())
             elif not await self._try_udp(uplink, target, back):
                 back.failed(trio.current_time())
 

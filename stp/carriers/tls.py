@@ -260,6 +260,8 @@ async def connect_tcp(host: str, port: int, seconds: float = CONNECT_TIMEOUT) ->
         except OSError as exc:
             reason = exc.strerror or str(exc)
             raise OSError(exc.errno or errno.EHOSTUNREACH, f"cannot connect to {where}: {reason}") from exc
+        except UnicodeError as exc:  # a label of over 63 characters, for one
+            raise OSError(errno.EINVAL, f"{host!r} is no host name: {exc}") from exc
     raise OSError(errno.ETIMEDOUT, f"cannot connect to {where}: no answer in {seconds:g} s")
 
 
