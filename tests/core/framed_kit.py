@@ -9,8 +9,8 @@ from typing import Any
 from stp.core.channel import PlainChannel, TlsChannel
 from stp.core.events import Event, SessionClosed
 from stp.core.flow import WindowBudget
-from stp.core.framed import FOR_EVER, FramedContext, FramedSession
-from stp.core.handshake import PeerIdentity
+from stp.core.framed import FOR_EVER, FramedContext, FramedSession, allow
+from stp.core.handshake import Authorise, PeerIdentity
 from stp.core.states import State
 from tests.identity_kit import DOMAIN, Flaw
 from tests.sim import START, context, credentials
@@ -77,6 +77,7 @@ class Pair:
         edge_flaw: Flaw = Flaw.NONE,
         peer: PeerIdentity | None = None,
         names: tuple[str, str] | None = (f"stp://{DOMAIN}/{HUB}", f"stp://{DOMAIN}/{EDGE}"),
+        authorise: Authorise = allow,
         **options: Any,
     ) -> None:
         self.rng = random.Random(seed)
@@ -86,16 +87,17 @@ class Pair:
         self.refusals: list[tuple[Any, PeerIdentity | None, str]] = []
         tls = carrier == "tls"
 
-        def shared() -> FramedContext:
+        def shared(**more: Any) -> FramedContext:
             return FramedContext(
                 carrier=carrier,
                 random_bytes=self.rng.randbytes,
                 budget=WindowBudget(64 << 20),
                 on_refused=lambda *args: self.refusals.append(args),
                 **options,
+                **more,
             )
 
-        ours, theirs = shared(), shared()
+        ours, theirs = shared(), shared(authorise=authorise)
         self.edge = End(
             FramedSession(
                 ours,
