@@ -543,7 +543,7 @@ class Connection:
         self._slot = goaway.slot_ms / 1000
 
     def _end(self, line: Line, closed: LinkClosed) -> None:
-        line.closed = line.closed or closed
+        line.closed = closed
         if line in self._older:
             self._older.remove(line)
             if self.link is not None:
@@ -553,8 +553,6 @@ class Connection:
             log.warning("no fresh session with %s: %s", self._peer_name(), words(closed))
         elif line is self._rival:
             self._rival = None
-            if closed.code in REFUSALS and self._line is not None:
-                self._refuse(self._line, closed)
         elif line is self._line:
             self.cause = words(closed)
             if closed.code is ErrorCode.GOING_AWAY and closed.reason.isdigit():
@@ -565,15 +563,6 @@ class Connection:
             # one that is being dialled is the next attempt
             self._line, self._beside, self._rival = self._beside or self._rival, None, None
             self._down()
-        line.ready.set()
-        line.ended.set()
-
-    def _refuse(self, line: Line, closed: LinkClosed) -> None:
-        """Somebody has answered over TLS, and said no: what has no answer over UDP need not be waited for."""
-        self.cause = _words(closed)
-        self._line, line.closed = None, closed
-        line.link.close(ErrorCode.NO_ERROR, "", trio.current_time())
-        line.carrier.wake()
         line.ready.set()
         line.ended.set()
 
