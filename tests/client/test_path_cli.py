@@ -168,7 +168,7 @@ def test_what_to_do_next(findings: Findings, advice: list[str]) -> None:
         ("", UDP, TLS, "UDP"),
         ("tls", UDP, TLS, "both at once"),
         ("tls", UDP, NO_TLS, "UDP"),
-        ("", SILENT, TLS, "TLS, after 3 s without an answer; UDP is asked again at least every 230 s"),
+        ("", SILENT, TLS, "TLS, after 3 s without an answer; UDP is asked again at least every 220 s"),
         ("tls", SILENT, TLS, "TLS, at once, since it worked here last"),
         ("tls", SILENT, NO_TLS, "nothing"),
     ],

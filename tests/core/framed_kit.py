@@ -93,8 +93,7 @@ class Pair:
                 random_bytes=self.rng.randbytes,
                 budget=WindowBudget(64 << 20),
                 on_refused=lambda *args: self.refusals.append(args),
-                **options,
-                **more,
+                **(options | more),
             )
 
         ours, theirs = shared(), shared(authorise=authorise)
