@@ -85,7 +85,6 @@ class Pair:
         self.delay = delay
         self.chunks = chunks
         self.refusals: list[tuple[Any, PeerIdentity | None, str]] = []
-        tls = carrier == "tls"
 
         def shared(**more: Any) -> FramedContext:
             return FramedContext(
@@ -101,7 +100,7 @@ class Pair:
             FramedSession(
                 ours,
                 TlsChannel(context(EDGE, edge_flaw, False), leaf(EDGE, edge_flaw), dialling=True)
-                if tls
+                if carrier == "tls"
                 else PlainChannel(None),
                 ADDRESS,
                 dialling=True,
@@ -114,12 +113,12 @@ class Pair:
             FramedSession(
                 theirs,
                 TlsChannel(context(HUB, hub_flaw, True), leaf(HUB, hub_flaw), dialling=False)
-                if tls
+                if carrier == "tls"
                 else PlainChannel(peer or PeerIdentity(DOMAIN, EDGE, 0, FOR_EVER)),
                 ADDRESS,
                 dialling=False,
                 now=self.now,
-                names=None if tls else names,
+                names=None if carrier == "tls" else names,
             ),
             theirs,
         )
