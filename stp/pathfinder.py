@@ -1,7 +1,7 @@
 """What works between here and a keeper: its name, UDP, TLS, tried side by side and measured (protocol §8, §11).
 
 (1) All of it takes at most DEADLINE seconds, whatever does not answer.
-(2) No HELLO is sent: a program that runs under the same identity keeps its session, and nothing is published.
+(2) No HELLO is sent: the keeper's message layer hears of nobody, and nothing of anybody's is replaced or published.
 (3) Nothing that a client remembers is used up or changed: no token is taken, the file of networks is only read.
 (4) A refusal that anybody on the way could have written (ICMP) never outweighs an answer.
 """
