@@ -4,7 +4,7 @@ Policy only: bytes are moved elsewhere, time comes in as an argument.
 
 (1) UDP has TLS_AFTER seconds for itself, unless this network is known to let none through: then both start at once.
 (2) On TLS, UDP is probed at growing, jittered intervals of at most PROBE_MOST; it is moved to when every probe of
-    STABLE seconds, LOOKS of them, was answered. So one lucky packet moves nobody, and a path that comes and goes is
+    STABLE seconds, LOOKS or more, was answered. So one lucky packet moves nobody, and a path that comes and goes is
     left alone; from a UDP that works, nobody is away for longer than five minutes.
 (3) A UDP that was moved to and did not last is trusted later than the first time: the intervals go on growing.
 """
@@ -24,8 +24,9 @@ PROBE_MOST: Final = 220.0
 """Seconds between probes of UDP, the first and the longest: with STABLE, and what probes take, under five minutes."""
 STABLE: Final = 60.0
 """Seconds for which UDP must have worked before a session moves back to it."""
-LOOKS: Final = 4
-"""Probes in that time, besides the first."""
+LOOKS: Final = 12
+"""Probes in that time, at least, besides the first: jittered, or they would always meet the good half of a path that
+comes and goes."""
 PROBE_TIMEOUT: Final = 5.0
 """Seconds that a probe waits for its handshake."""
 LASTING: Final = 600.0
@@ -79,7 +80,7 @@ class ProbeBack:
         left = self._well_since + self._stable - now
         if left <= 0:
             return True
-        self.due = now + min(left, self._stable / LOOKS)
+        self.due = now + min(left, self._spread(self._stable / LOOKS))
         return False
 
     def failed(self, now: float) -> None:

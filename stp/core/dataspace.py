@@ -382,9 +382,13 @@ class DataSpace:
                 liveness.on_suspicion()
                 self._inbox.on_suspect()
         elif now >= liveness.next_ping():
+            awaited = self._dialling and liveness.impatient
             if not liveness.on_ping_time(now):
                 return LocalCause.IDLE_TIMEOUT
-            self.output.ping()
+            if awaited:
+                recovery.probe()  # tracked, as traffic is: soon suspect where it is not acknowledged (R-8-8)
+            else:
+                self.output.ping()
             if self._dialling and liveness.doubtful:
                 self._inbox.on_suspect()
         if not self.output.starved:

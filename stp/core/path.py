@@ -333,6 +333,11 @@ class Liveness:
         return True
 
     @property
+    def impatient(self) -> bool:
+        """The owner waits for the peer, as `expect` was told."""
+        return self._patience < self.keepalive
+
+    @property
     def doubtful(self) -> bool:
         """All PINGs of an idle session but the last are unanswered: what is left to try is another port."""
         return self._unanswered == MAX_UNANSWERED

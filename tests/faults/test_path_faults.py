@@ -389,6 +389,19 @@ def test_all_paths_dead_is_the_end_in_five_seconds() -> None:
     assert talk.edge.endpoint.take_suspects() == []
 
 
+def test_who_waits_for_an_answer_suspects_as_under_traffic() -> None:
+    """R-8-8: the question was acknowledged, the answer is lost, nothing is under way: a PING is, and is tracked."""
+    talk = flow(1)
+    talk.run(1.0)
+    talk.finish()
+    talk.net.run_for(1.0)
+    talk.session.expect(1.0)
+    for link in talk.net.both(talk.edge, talk.hub):
+        link.loss = 1.0
+    took = talk.net.run(lambda: bool(talk.edge.endpoint.take_suspects()), limit=20.0)
+    assert took <= 2.5
+
+
 def test_both_paths_dead_for_the_listener() -> None:
     """The trial fails, the old path is silent too: dead as ever, nothing left behind."""
     talk = flow(1)
