@@ -148,7 +148,9 @@ class Asker:
             while isinstance(event, h11.InformationalResponse):
                 event = self._http.next_event()
         except h11.RemoteProtocolError as exc:
-            raise ProxyError(errno.EPROTO, f"the proxy {self._proxy} does not speak HTTP: {exc}") from exc
+            raise ProxyError(
+                errno.EPROTO, f"the proxy {self._proxy} does not speak HTTP: {str(exc)[:80]}"
+            ) from exc
         if isinstance(event, h11.Response):
             self._judge(event)
 

@@ -58,8 +58,12 @@ def test_back_within_five_minutes(seed: int) -> None:
     rng = random.Random(seed)
     for opened in (0.0, rng.uniform(0, 60), rng.uniform(0, 600), rng.uniform(3600, 7200)):
         back = begun(seed)
-        moved, probes = drive(back, lambda now, since=opened: now >= since,  # type: ignore[misc]
-            start=0.0, until=20_000.0)
+        moved, probes = drive(
+            back,
+            lambda now, since=opened: now >= since,  # type: ignore[misc]
+            start=0.0,
+            until=20_000.0,
+        )
         assert moved is not None
         assert STABLE <= moved - opened < FIVE_MINUTES
         well = [at for at in probes if at >= opened]

@@ -43,4 +43,5 @@ TARGETS: Final[dict[str, Callable[[], Target]]] = {
     "enrolment": targets_http.enrolment,
     "config": targets_daemon.configuration,
     "management": targets_http.management,
+    "proxy": targets_http.proxy,
 }

@@ -14,6 +14,7 @@ import trio
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from stp.enrol import make_csr, new_key
+from stp.proxy import Asker, Proxy, ProxyError
 from stpd.api import ManagementServer, Operator, Role
 from stpd.events import TooManyWatchersError
 from stpd.httpd import Connection, Request, Response
@@ -188,4 +189,43 @@ def enrolment() -> Target:
         ],
         promised=(Refused,),
         words=[*WORDS[-9:], b'"token"', b'"csr"', b'"name": 1', b"\\n", b"\\ud800", b"/v1/renew\n", b"null"],
+    )
+
+
+def proxy() -> Target:
+    """What a proxy answers to CONNECT, in pieces of 1 to 256 bytes."""
+
+    def feed(data: bytes) -> None:
+        asker = Asker(Proxy("proxy.lan", 3128, "user:secret"), "gw.example", 8443)
+        step = data[-1] + 1 if data else 1
+        try:
+            for at in range(0, len(data), step):
+                asker.receive(data[at : at + step])
+                if asker.granted:
+                    return
+            asker.receive(b"")
+        except ProxyError as error:
+            if "secret" in str(error) or len(str(error)) > 500:
+                raise AssertionError(f"this is for people: {error}") from error
+            raise
+
+    return Target(
+        name="proxy",
+        feed=feed,
+        seeds=[
+            b"HTTP/1.1 200 Connection established\r\nVia: 1.1 proxy\r\n\r\n",
+            b"HTTP/1.0 200 OK\r\n\r\n",
+            b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n",
+            b'HTTP/1.1 407 No\r\nProxy-Authenticate: Basic realm="x"\r\nContent-Length: 2\r\n\r\nno',
+            b"HTTP/1.1 502 Bad Gateway\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        ],
+        promised=(ProxyError,),
+        words=[
+            *WORDS[7:],
+            b"HTTP/1.1 101 Switching\r\n",
+            b"HTTP/1.1 100 C\r\n\r\n",
+            b"x" * 20_000,
+            b" 99999",
+            b"\x00",
+        ],
     )

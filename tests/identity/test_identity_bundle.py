@@ -149,6 +149,10 @@ def test_secrets_do_not_show(kit: Kit) -> None:
         ("stp://hub-1@hub.example", Address("hub-1", "hub.example", 9000)),
         ("stp://hub-1@[::1]:9000", Address("hub-1", "::1", 9000)),
         ("stp://10.0.0.1/", Address("known", "10.0.0.1", 9000)),
+        ("stp://hub-1@hub.example?tls=443", Address("hub-1", "hub.example", 9000, tls=443)),
+        ("stp://hub-1@hub.example:9001/?tls=65535", Address("hub-1", "hub.example", 9001, tls=65_535)),
+        ("stp://hub-1@[::1]:9001?tls=0", Address("hub-1", "::1", 9001, tls=0)),
+        ("stp://hub-1@hub.example?", Address("hub-1", "hub.example", 9000, tls=8443)),
     ],
 )
 def test_addresses(url: str, found: Address) -> None:
@@ -167,6 +171,15 @@ def test_addresses(url: str, found: Address) -> None:
         "stp://n:pw@h",
         "stp://n@h/p",
         "stp://n@h?q",
+        "stp://n@h?tls",
+        "stp://n@h?tls=",
+        "stp://n@h?tls=x",
+        "stp://n@h?tls=-1",
+        "stp://n@h?tls=65536",
+        "stp://n@h?tls=000443",
+        "stp://n@h?tls=443&tls=444",
+        "stp://n@h?udp=9000",
+        "stp://n@h?tls=443#x",
     ],
 )
 def test_bad_addresses_say_how_to_write_one(url: str) -> None:
