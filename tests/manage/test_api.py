@@ -53,6 +53,7 @@ async def test_every_row_of_the_table_answers(tmp_path: Path) -> None:
             assert answer != {}, pattern
     assert [what for what, *_ in double.done] == [
         "kick",
+        "trace",
         "remove_reader",
         "keys_create",
         "keys_revoke",
@@ -61,8 +62,8 @@ async def test_every_row_of_the_table_answers(tmp_path: Path) -> None:
         "reload",
         "drain",
     ]
-    assert double.done[2] == ("keys_create", "gateway", 1, 86400.0, [])
-    assert double.done[5] == ("node_revoke", "edge-1", "stolen")
+    assert double.done[3] == ("keys_create", "gateway", 1, 86400.0, [])
+    assert double.done[6] == ("node_revoke", "edge-1", "stolen")
 
 
 @pytest.mark.parametrize(
