@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -386,7 +387,12 @@ class Uplink:
         """The same one during an attempt and the sessions that come of it. Raises OSError."""
         if self._address is None:
             with trio.move_on_after(DNS_TIMEOUT):
-                found = await trio.socket.getaddrinfo(target.host, target.port, type=trio.socket.SOCK_DGRAM)
+                try:
+                    found = await trio.socket.getaddrinfo(
+                        target.host, target.port, type=trio.socket.SOCK_DGRAM
+                    )
+                except UnicodeError as error:  # a label of over 63 characters, for one
+                    raise OSError(errno.EINVAL, f"it is no host name: {error}") from error
                 self._address = str(found[0][4][0]), int(found[0][4][1])
         if self._address is None:
             raise OSError(f"no answer from the resolver within {DNS_TIMEOUT:g} s")

@@ -355,6 +355,27 @@ class StreamCarrier:
                 self._wakeup.set()
 
 
+class DialledCarrier(StreamCarrier):
+    """One session that was dialled, and its stream."""
+
+    def __init__(
+        self, stream: Stream, context: FramedContext, on_ready: Callable[[AnySession], None]
+    ) -> None:
+        super().__init__(context, on_ready)
+        self.session = stream.session
+        """There at once, in State.HANDSHAKE; once it is KEYED its `own` says what the listener calls us."""
+        self._streams.add(stream)
+        self._stream = stream
+
+    async def _start(self, nursery: trio.Nursery) -> None:
+        nursery.start_soon(self._serve_and_end, nursery)
+
+    async def _serve_and_end(self, nursery: trio.Nursery) -> None:
+        await self._serve(self._stream)
+        self._turn(trio.current_time())
+        nursery.cancel_scope.cancel()
+
+
 async def accepted(
     listener: socket.socket, on_error: Callable[[OSError], None]
 ) -> AsyncIterator[socket.socket]:

@@ -13,6 +13,7 @@ import trio
 from stp.carriers.door import Door, DoorStatistics, Place
 from stp.carriers.streams import (
     READ_SIZE,
+    DialledCarrier,
     Stream,
     StreamCarrier,
     accepted,
@@ -40,21 +41,12 @@ BACKLOG: Final = 128
 Elsewhere: TypeAlias = Callable[[trio.SocketStream, bytes, Any], Awaitable[None]]
 
 
-class TlsCarrier(StreamCarrier):
+class TlsCarrier(DialledCarrier):
     """A dialled session and its TCP stream. Make it with `dial`, then keep `run` running.
 
     `on_ready(session)` is called, in the trio thread, whenever the session has something new, SessionClosed included:
     a connection that breaks ends the session with a LocalCause.
     """
-
-    def __init__(
-        self, stream: Stream, context: FramedContext, on_ready: Callable[[AnySession], None]
-    ) -> None:
-        super().__init__(context, on_ready)
-        self.session = stream.session
-        """There at once, in State.HANDSHAKE."""
-        self._streams.add(stream)
-        self._stream = stream
 
     @classmethod
     async def dial(
@@ -103,14 +95,6 @@ class TlsCarrier(StreamCarrier):
         except BaseException:
             sock.close()
             raise
-
-    async def _start(self, nursery: trio.Nursery) -> None:
-        nursery.start_soon(self._serve_and_end, nursery)
-
-    async def _serve_and_end(self, nursery: trio.Nursery) -> None:
-        await self._serve(self._stream)
-        self._turn(trio.current_time())
-        nursery.cancel_scope.cancel()
 
 
 class TlsListener(StreamCarrier):

@@ -22,7 +22,7 @@ import trio
 from attrs import define, evolve
 
 from stp.carriers.door import Door, DoorStatistics, Place, unlimited
-from stp.carriers.streams import Stream, StreamCarrier, accepted
+from stp.carriers.streams import DialledCarrier, Stream, StreamCarrier, accepted
 from stp.core.channel import PlainChannel
 from stp.core.flow import WindowBudget
 from stp.core.framed import FOR_EVER, FramedContext, FramedSession
@@ -64,17 +64,8 @@ def credentials_of(sock: socket.socket) -> Credentials:
     return Credentials(pid, uid, gid, frozenset(groups))
 
 
-class UnixCarrier(StreamCarrier):
+class UnixCarrier(DialledCarrier):
     """A dialled session on a Unix socket: what TlsCarrier is on TCP."""
-
-    def __init__(
-        self, stream: Stream, context: FramedContext, on_ready: Callable[[AnySession], None]
-    ) -> None:
-        super().__init__(context, on_ready)
-        self.session = stream.session
-        """There at once, in State.HANDSHAKE; once it is KEYED its `own` says what the listener calls us."""
-        self._streams.add(stream)
-        self._stream = stream
 
     @classmethod
     async def dial(
@@ -114,14 +105,6 @@ class UnixCarrier(StreamCarrier):
             raise
         await trio.lowlevel.checkpoint()
         return cls(Stream(sock, session), context, on_ready)
-
-    async def _start(self, nursery: trio.Nursery) -> None:
-        nursery.start_soon(self._serve_and_end, nursery)
-
-    async def _serve_and_end(self, nursery: trio.Nursery) -> None:
-        await self._serve(self._stream)
-        self._turn(trio.current_time())
-        nursery.cancel_scope.cancel()
 
 
 class UnixListener(StreamCarrier):
